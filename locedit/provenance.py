@@ -96,9 +96,12 @@ def plain(settings: Any) -> dict[str, Any]:
     """A dataclass or mapping of options as JSON values."""
     if settings is None:
         return {}
-    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
-        settings = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return {str(key): _plain_value(value) for key, value in settings.items()}
+    given: Mapping[str, Any] = settings if isinstance(settings, Mapping) else _fields(settings)
+    return {str(key): _plain_value(value) for key, value in given.items()}
+
+
+def _fields(options: Any) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
 
 
 def _plain_value(value: Any) -> Any:

@@ -63,7 +63,7 @@ class Scores:
     def __repr__(self) -> str:
         return f"Scores({self})"
 
-    def top(self, k: int, *, sign: Sign = "positive") -> list[tuple[str, int, float]]:
+    def top(self, k: int, *, sign: Sign | str = "positive") -> list[tuple[str, int, float]]:
         """The k best (site, component, score), best first; fewer where fewer have the sign."""
         from locedit.select import best
 
@@ -77,7 +77,7 @@ class Scores:
         params: int | None = None,
         threshold: float | None = None,
         shared: float | None = None,
-        sign: Sign = "positive",
+        sign: Sign | str = "positive",
         minus: "Scores | None" = None,
     ) -> "ComponentSet":
         """The most important components under one budget. See `locedit.select.select` for the options."""

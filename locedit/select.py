@@ -22,7 +22,7 @@ def select(
     params: int | None = None,
     threshold: float | None = None,
     shared: float | None = None,
-    sign: Sign = "positive",
+    sign: Sign | str = "positive",
     minus: Scores | None = None,
 ) -> ComponentSet:
     """The most important components.
@@ -58,14 +58,14 @@ def select(
     return _as_set(used, order, _options(top, fraction, params, threshold, shared, sign, minus))
 
 
-def best(scores: Scores, k: int, *, sign: Sign = "positive") -> list[tuple[str, int, float]]:
+def best(scores: Scores, k: int, *, sign: Sign | str = "positive") -> list[tuple[str, int, float]]:
     """The k best (site, component, score), best first."""
     order = _ranking(scores, sign=sign, shared=None)[:k]
     flat = _flat(scores.values)
     return [(*place, float(flat[i])) for i, place in zip(order.tolist(), _places(scores, order), strict=True)]
 
 
-def order_values(scores: Scores, sign: Sign) -> Tensor:
+def order_values(scores: Scores, sign: str) -> Tensor:
     """The scores as one vector over all sites, turned so that more is more important for that sign."""
     flat = _flat(scores.values)
     return {"positive": flat, "negative": -flat, "absolute": flat.abs()}[sign]
@@ -75,7 +75,7 @@ def _flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1).double() for tensor in tensors.values()])
 
 
-def _ranking(scores: Scores, *, sign: Sign, shared: float | None) -> Tensor:
+def _ranking(scores: Scores, *, sign: str, shared: float | None) -> Tensor:
     """Component numbers over all sites, most important first; only those with the right sign (and enough votes)."""
     values = order_values(scores, sign)
     order = torch.argsort(values, descending=True, stable=True)
@@ -137,7 +137,7 @@ def _subtract(scores: Scores, minus: Scores) -> Scores:
     return replace(scores, values=values)
 
 
-def _check(scores: Scores, *, sign: Sign, **budgets: float | None) -> None:
+def _check(scores: Scores, *, sign: str, **budgets: float | None) -> None:
     if sign not in SIGNS:
         raise LoceditError(f"sign={sign!r}; {nearest(str(sign), SIGNS)}")
     given = [name for name in BUDGETS if budgets[name] is not None]
@@ -161,7 +161,7 @@ def _check(scores: Scores, *, sign: Sign, **budgets: float | None) -> None:
         raise LoceditError("shared= needs votes, which these scores do not have; depn and knowledge_neurons keep them")
 
 
-def _nothing(scores: Scores, *, sign: Sign, shared: float | None, params: int | None) -> str:
+def _nothing(scores: Scores, *, sign: str, shared: float | None, params: int | None) -> str:
     if params is not None:
         return f"params={params} is less than the best component needs; give more parameters or another budget"
     if shared is not None:
@@ -173,10 +173,14 @@ def _nothing(scores: Scores, *, sign: Sign, shared: float | None, params: int | 
 
 
 def _options(
-    top: int | None, fraction: float | None, params: int | None, threshold: float | None, shared: float | None, sign:
-    Sign,
+    top: int | None,
+    fraction: float | None,
+    params: int | None,
+    threshold: float | None,
+    shared: float | None,
+    sign: str,
     minus: Scores | None,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     given = {"top": top, "fraction": fraction, "params": params, "threshold": threshold, "shared": shared}
     chosen: dict[str, object] = {name: value for name, value in given.items() if value is not None}
     control = {} if minus is None else {"minus": minus.provenance.data if minus.provenance else "unnamed"}
