@@ -1,0 +1,64 @@
+"""locedit: find where a language model keeps a piece of knowledge, change it only there, and show whether it is gone.
+
+>>> import locedit as le
+>>> sorted(name for name in dir(le) if name in ("load", "localize", "unlearn", "evaluate", "report"))
+['evaluate', 'load', 'localize', 'report', 'unlearn']
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ComponentSet": "locedit.components",
+    "Comparison": "locedit.results",
+    "Dataset": "locedit.data",
+    "Edit": "locedit.edit",
+    "Evaluation": "locedit.results",
+    "Fact": "locedit.data",
+    "LoceditError": "locedit.errors",
+    "Model": "locedit.models",
+    "Scores": "locedit.components",
+    "Task": "locedit.data",
+    "compare": "locedit.controls",
+    "load": "locedit.models",
+    "mean": "locedit.edit",
+    "read_facts": "locedit.data",
+    "read_task": "locedit.data",
+    "relearn": "locedit.attacks",
+    "scale": "locedit.edit",
+    "zero": "locedit.edit",
+}
+_CALLABLE = ("evaluate", "lab", "localize", "report", "unlearn")
+"subpackages that are called like the one function they are named after"
+
+__all__ = [*_HOMES, *_CALLABLE]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from locedit.attacks import relearn
+    from locedit.components import ComponentSet, Scores
+    from locedit.controls import compare
+    from locedit.data import Dataset, Fact, Task, read_facts, read_task
+    from locedit.edit import Edit, mean, scale, zero
+    from locedit.errors import LoceditError
+    from locedit.evaluate import evaluate
+    from locedit.lab import lab
+    from locedit.localize import localize
+    from locedit.models import Model, load
+    from locedit.report import report
+    from locedit.results import Comparison, Evaluation
+    from locedit.unlearn import unlearn
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import locedit` stays fast."""
+    if name in _CALLABLE:
+        return importlib.import_module(f"locedit.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'locedit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
