@@ -1,0 +1,123 @@
+"""Where the hook names of transformer-lens are in an unmodified Hugging Face model.
+
+| name | what | shape |
+|---|---|---|
+| hook_embed, hook_pos_embed | output of the (position) embedding | batch pos d_model |
+| blocks.i.hook_resid_pre, hook_resid_post | the residual stream before and after a block | batch pos d_model |
+| blocks.i.hook_resid_mid | between attention and MLP; not in parallel blocks | batch pos d_model |
+| blocks.i.hook_attn_out, hook_mlp_out | what attention and MLP add to the residual stream | batch pos d_model |
+| blocks.i.attn.hook_q, hook_k, hook_v | outputs of the projections, before rotation | batch pos head d_head |
+| blocks.i.attn.hook_z | what each head hands to the output projection | batch pos head d_head |
+| blocks.i.mlp.hook_pre | before the activation (of the gate, where there is one) | batch pos d_mlp |
+| blocks.i.mlp.hook_pre_linear | the up projection of a gated MLP | batch pos d_mlp |
+| blocks.i.mlp.hook_post | the neurons: input of the output projection | batch pos d_mlp |
+| hook_unembed | output of the unembedding: the logits, before any soft cap | batch pos vocab |
+
+Keys and values have n_kv_heads heads. In post-norm blocks (BERT) the output of attention and of the MLP is taken before
+the norm that follows the sum; in Gemma 2 and 3 after their own output norm: what is added.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from locedit.anatomy import Anatomy, Runs
+from locedit.errors import LoceditError, nearest
+
+OUTER_POINTS = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "hook_unembed": "unembed"}
+BLOCK_POINTS = (
+    "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_q",
+    "attn.hook_k", "attn.hook_v", "attn.hook_z", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookPoint:
+    """One place in the forward pass."""
+
+    name: str
+    module: nn.Module
+    side: Literal["input", "output"]
+    runs: Runs | None = None
+    "which part of the last axis, in a fused matrix; None = all"
+    d_head: int | None = None
+    "the last axis is split into heads of this width"
+    base: nn.Module | None = None
+    "the value is the output of `module` plus the input of `base` (the residual stream in the middle of a block)"
+
+
+def find(anatomy: Anatomy, name: str) -> HookPoint:
+    """The place with a transformer-lens name; a LoceditError lists the choices or says why it is missing."""
+    if name in OUTER_POINTS and anatomy.has(OUTER_POINTS[name]):
+        return HookPoint(name=name, module=anatomy.module(OUTER_POINTS[name]), side="output")
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if match is None or match[2] not in BLOCK_POINTS:
+        raise LoceditError(f"no hook {name!r}; {nearest(name, names(anatomy))}")
+    layer, point = int(match[1]), match[2]
+    if layer >= anatomy.table.n_layers:
+        raise LoceditError(
+            f"no hook {name!r}: the model has {anatomy.table.n_layers} layers (blocks.0 to blocks.{anatomy.table.n_layers - 1})"
+        )
+    if point.startswith("hook_resid"):
+        return _resid(anatomy, layer, point)
+    if point.startswith("hook_"):
+        return _added(anatomy, layer, point)
+    return _projection(anatomy, layer, point)
+
+
+def names(anatomy: Anatomy, layers: tuple[int, ...] = (0,)) -> tuple[str, ...]:
+    """The hook names of the given layers and of what is outside the blocks."""
+    missing = set[str]()
+    if anatomy.table.parallel:
+        missing.add("hook_resid_mid")
+    if not anatomy.gated:
+        missing.add("mlp.hook_pre_linear")
+    outer = [name for name, role in OUTER_POINTS.items() if anatomy.has(role)]
+    return (*outer, *(f"blocks.{layer}.{p}" for layer in layers for p in BLOCK_POINTS if p not in missing))
+
+
+def _resid(anatomy: Anatomy, layer: int, point: str) -> HookPoint:
+    name, block = f"blocks.{layer}.{point}", anatomy.module(f"blocks.{layer}")
+    if point == "hook_resid_pre":
+        return HookPoint(name=name, module=block, side="input")
+    if point == "hook_resid_post":
+        return HookPoint(name=name, module=block, side="output")
+    if anatomy.table.parallel:
+        raise LoceditError(
+            f"no hook {name!r}: attention and MLP of {type(block).__name__} are parallel, nothing is between them"
+        )
+    if anatomy.post_norm:
+        return HookPoint(name=name, module=anatomy.module(f"blocks.{layer}.ln1"), side="output")
+    added = _added(anatomy, layer, "hook_attn_out")
+    return HookPoint(name=name, module=added.module, side="output", base=block)
+
+
+def _added(anatomy: Anatomy, layer: int, point: str) -> HookPoint:
+    block = f"blocks.{layer}"
+    norm, matrix, container = {
+        "hook_attn_out": ("ln1_post", "attn.o", "attn"),
+        "hook_mlp_out": ("ln2_post", "mlp.out", "mlp"),
+    }[point]
+    if anatomy.has(f"{block}.{norm}"):
+        module = anatomy.module(f"{block}.{norm}")
+    elif f"{block}.{matrix}" in anatomy.table.modules:
+        module = anatomy.module(f"{block}.{matrix}")
+    else:
+        module = anatomy.module(f"{block}.{container}")
+    return HookPoint(name=f"{block}.{point}", module=module, side="output")
+
+
+def _projection(anatomy: Anatomy, layer: int, point: str) -> HookPoint:
+    name = f"blocks.{layer}.{point}"
+    d_head = anatomy.table.d_head if point.startswith("attn.") else None
+    if point in ("attn.hook_z", "mlp.hook_post"):
+        matrix = anatomy.matrix(layer, "attn.o" if d_head else "mlp.out")
+        return HookPoint(name=name, module=matrix.module, side="input", d_head=d_head)
+    if point == "mlp.hook_pre_linear" and not anatomy.gated:
+        raise LoceditError(f"no hook {name!r}: the MLP is not gated; take mlp.hook_pre")
+    pre = "mlp.gate" if anatomy.gated else "mlp.in"
+    roles = {"mlp.hook_pre": pre, "mlp.hook_pre_linear": "mlp.in"}
+    matrix = anatomy.matrix(layer, roles.get(point, f"attn.{point[-1]}"))
+    return HookPoint(name=name, module=matrix.module, side="output", runs=matrix.runs, d_head=d_head)
