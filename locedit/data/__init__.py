@@ -17,6 +17,8 @@ from locedit.data.items import (
     TokenText,
     as_task,
 )
+from locedit.data.readers import read_facts
+from locedit.data.tasks import read_task
 
 __all__ = [
     "IGNORE",
@@ -41,5 +43,7 @@ __all__ = [
     "batches",
     "collate",
     "encode",
+    "read_facts",
+    "read_task",
     "resolve_chat",
 ]
