@@ -33,7 +33,31 @@ _HOMES = {
 _CALLABLE = ("evaluate", "lab", "localize", "report", "unlearn")
 "subpackages that are called like the one function they are named after"
 
-__all__ = [*_HOMES, *_CALLABLE]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "ComponentSet",
+    "Comparison",
+    "Dataset",
+    "Edit",
+    "Evaluation",
+    "Fact",
+    "LoceditError",
+    "Model",
+    "Scores",
+    "Task",
+    "compare",
+    "evaluate",
+    "lab",
+    "load",
+    "localize",
+    "mean",
+    "read_facts",
+    "read_task",
+    "relearn",
+    "report",
+    "scale",
+    "unlearn",
+    "zero",
+]
 
 if TYPE_CHECKING:
     from locedit.attacks import relearn

@@ -1,4 +1,4 @@
-"""Options of a method: a frozen dataclass, filled from keyword arguments or from words of the command line, and checked."""
+"""Options of a method: a frozen dataclass, filled from keyword arguments or command-line words, and checked."""
 
 import ast
 import dataclasses
@@ -17,9 +17,7 @@ def fill(cls: type[Options], given: Mapping[str, Any], *, method: str) -> Option
     known = kinds(cls)
     for name, value in given.items():
         if name not in known:
-            raise LoceditError(
-                f"{method} has no option {name!r}; {nearest(name, known) if known else 'it has no options'}"
-            )
+            raise LoceditError(f"{method} has no option {name!r}; {nearest(name, known)}")
         _check(method, name, value, known[name])
     return cls(**given)
 
@@ -30,9 +28,7 @@ def parse(cls: type[Any], words: Mapping[str, str], *, method: str) -> dict[str,
     values: dict[str, Any] = {}
     for name, text in words.items():
         if name not in known:
-            raise LoceditError(
-                f"{method} has no option {name!r}; {nearest(name, known) if known else 'it has no options'}"
-            )
+            raise LoceditError(f"{method} has no option {name!r}; {nearest(name, known)}")
         values[name] = _read(method, name, text, known[name])
     return values
 
@@ -102,7 +98,7 @@ def _words(kind: Any) -> list[str]:
 
 
 def _read(method: str, name: str, text: str, kind: Any) -> Any:
-    """The value that `text` spells: the text itself where the type allows it, else a Python literal, else a comma list."""
+    """The value that `text` spells: the text itself where the type allows it, a Python literal, or a comma list."""
     if _fits(text, kind):
         return text
     candidates = [text, f"({text},)" if get_origin(kind) in (tuple, list) else text]

@@ -1,6 +1,8 @@
 """Where a result comes from: model, data, method, settings, versions, time and memory."""
 
 import dataclasses
+import hashlib
+import json
 import platform
 import resource
 import sys
@@ -133,3 +135,9 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def content_hash(value: Any) -> str:
+    """16 hexadecimal digits over a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

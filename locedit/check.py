@@ -1,0 +1,87 @@
+"""What a model knows of a task, how one prompt looks to it, and which methods can run at what cost."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from locedit.data import Example, Task, batches, encode
+from locedit.data.items import ROLES, Dataset
+from locedit.errors import LoceditError
+from locedit.losses import score, token_log_probs
+from locedit.models import Model
+
+SCORED = ("forget", "retain", "heldout")
+
+
+def check(model: Model, task: Task) -> Iterator[str]:
+    """Lines about the model, the data, what the model knows of them, one prompt, the methods and their cost."""
+    parameters = sum(p.numel() for p in model.module.parameters())
+    yield (
+        f"model    {model.name}: {type(model.module).__name__}, {parameters:,} parameters, {model.n_layers} layers, "
+        f"{model.dtype}, on {model.device}".replace("torch.", "")
+    )
+    for role in ROLES:
+        data: Dataset | None = getattr(task, role)
+        if data is not None:
+            yield f"{role:<8} {len(data)} x {data.kind}, from {data.source}" + _knows(model, role, data)
+    yield from _one_prompt(model, task)
+    yield from _methods(model, task)
+
+
+@torch.inference_mode()
+def knowledge(model: Model, examples: list[Example], *, batch_size: int = 32) -> tuple[float, float]:
+    """(mean probability of the targets as a whole, share of examples with every target the most likely token)."""
+    log_probability: dict[str, float] = {}
+    known: dict[str, bool] = {}
+    for batch in batches(examples, model, batch_size):
+        scored = score(model, batch)
+        best = scored.logits.argmax(-1) == scored.labels
+        for row, logp, hit in zip(scored.row.tolist(), token_log_probs(scored).tolist(), best.tolist(), strict=True):
+            name = batch.rows[row].id
+            log_probability[name] = log_probability.get(name, 0.0) + logp
+            known[name] = known.get(name, True) and hit
+    probabilities = torch.tensor(list(log_probability.values())).exp()
+    return float(probabilities.mean()), sum(known.values()) / len(known)
+
+
+def _knows(model: Model, role: str, data: Dataset) -> str:
+    if role not in SCORED or data.kind not in ("fact", "private", "tokens"):
+        return ""
+    probability, share = knowledge(model, encode(model, data))
+    line = f": probability {probability:.3f}, {share:.0%} known (every token the most likely one)"
+    return line + ("; WARNING: the model knows less than half" if role == "forget" and share < 0.5 else "")
+
+
+def _one_prompt(model: Model, task: Task) -> Iterator[str]:
+    example = encode(model, task.forget[:1])[0]
+    tokens = model.tokenizer.convert_ids_to_tokens(list(example.ids))
+    marked = [f"[{token}]" if at in example.targets else token for at, token in enumerate(tokens)]
+    yield f"tokens   of {example.id}, targets in brackets: {' '.join(marked)}"
+    yield f"chat     {task.forget.chat}"
+
+
+def _methods(model: Model, task: Task) -> Iterator[str]:
+    from locedit.localize import LOCALIZERS, estimate
+    from locedit.unlearn import METHODS
+
+    for kind, registry in (("localize", LOCALIZERS), ("edit", METHODS)):
+        ready, missing = _ready(registry, task)
+        yield f"{kind:<8} can run: {', '.join(ready) or 'nothing'}"
+        for name, needs in missing.items():
+            yield f"         {name} needs {needs}"
+    for name in LOCALIZERS:
+        try:
+            seconds, size = estimate(model, task, name)
+        except LoceditError as error:
+            yield f"cost     {name}: {error}"
+        else:
+            yield f"cost     {name}: about {seconds:.1f} s, {size / 2**30:.2f} GiB beside the model"
+
+
+def _ready(registry: Mapping[str, Any], task: Task) -> tuple[list[str], dict[str, str]]:
+    missing = {
+        name: ", ".join(need for need in entry.requires if getattr(task, need, None) is None)
+        for name, entry in registry.items()
+    }
+    return [name for name, needs in missing.items() if not needs], {n: needs for n, needs in missing.items() if needs}

@@ -1,0 +1,254 @@
+"""The command line: parse, call, save. Importing this file imports neither torch nor transformers."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from locedit import __version__
+from locedit.errors import LoceditError
+
+EPILOG = """\
+examples:
+  locedit demo
+  locedit check MODEL facts.jsonl
+  locedit localize MODEL facts.jsonl --method depn --top 50 --out runs/a
+  locedit edit MODEL my_task/ --within runs/a/components.json --method npo --out runs/a
+  locedit evaluate MODEL my_task/ --edit runs/a/edit --attacks relearn --out runs/a
+  locedit report runs/a --out report.html
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status: 0 done, 2 something the user can mend, 130 Ctrl-C, 1 a defect of locedit."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = parse_arguments(arguments)
+        from locedit.commands import run
+
+        return run(args)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing half-written was left, and the same command continues where it stopped", 130)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """One line for an error, and its exit status."""
+    if isinstance(error, LoceditError):
+        return _say(f"error: {' '.join(str(error).split())}", 2)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"error: {where}{error.strerror or error}", 2)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _say("error: out of memory; try a smaller --batch-size, --dtype bfloat16, or hold=adapter", 2)
+    text = " ".join(str(error).split())
+    return _say(f"unexpected error in locedit: {type(error).__name__}: {text}; --debug shows the traceback", 1)
+
+
+def _say(message: str, status: int) -> int:
+    sys.stderr.write(f"locedit: {message}\n")
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; what is left over are options of the method, as `--name value`, kept in `extra`."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command not in ("localize", "edit", "evaluate", "demo"):
+        parser.error(f"unknown argument {rest[0]!r}")
+    args.extra = _pairs(parser, rest)
+    return args
+
+
+def _pairs(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            parser.error(f"unexpected argument {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                parser.error(f"{word} needs a value")
+            value = queue.pop(0)
+        pairs[name.replace("-", "_")] = value
+    return pairs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = _Parser(
+        prog="locedit",
+        description="Find where a language model keeps a piece of knowledge, change it only there, and show whether "
+        "it is gone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"locedit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_demo, _check, _lab, _localize, _edit, _evaluate, _report, _export, _methods, _metrics):
+        add(commands)
+    return parser
+
+
+Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]
+
+
+def _command(commands: Commands, name: str, text: str, more: str = "") -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    parser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip(), allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder with a transformers model, or a hub id")
+    parser.add_argument("data", metavar="DATA", help="a JSON-lines file, a task folder or a task .toml")
+    parser.add_argument(
+        "--fields", metavar="A=B,...", help="rename fields of the data, e.g. prompt=question,answer=response"
+    )
+    parser.add_argument(
+        "--where", metavar="FIELD=VALUE,...", help="use only these forget items, e.g. format=statement,group=sport"
+    )
+    parser.add_argument(
+        "--chat",
+        default="off",
+        metavar="auto|off|TEMPLATE",
+        help="send prompts through the chat template (default off)",
+    )
+    _placement(parser)
+
+
+def _placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is, when not beside the model")
+    parser.add_argument("--dtype", default="auto", help="auto (of the checkpoint), float32, bfloat16, float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device-map", default=None, metavar="MAP", help="auto spreads a large model over several GPUs"
+    )
+
+
+def _out(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--out", required=required, metavar="FOLDER", help="the run folder to write to")
+    parser.add_argument("--force", action="store_true", help="replace results that are there already")
+
+
+METHOD_OPTIONS = "Options of the method are given the same way, e.g. --steps 20; `locedit methods NAME` lists them."
+
+
+def _demo(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "demo", "run the whole flow on a lab model and write a report")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="default runs/demo")
+    parser.add_argument("--arch", default="gpt2", help="architecture of the lab model: gpt2 or llama (default gpt2)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="start afresh")
+
+
+def _check(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands, "check", "say what the model knows of the data, which methods can run, and what they cost"
+    )
+    _model_and_data(parser)
+
+
+def _lab(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands,
+        "lab",
+        "make a small world and train a model on it",
+        "Writes model/, facts/ and private/ as ordinary files.",
+    )
+    parser.add_argument("world", nargs="?", default="facts", help="facts or private; both are written (default facts)")
+    parser.add_argument("--arch", default="gpt2", help="gpt2, llama, neox or bert (default gpt2)")
+    parser.add_argument("--size", default="small", help="small (minutes) or tiny (ten seconds)")
+    parser.add_argument("--seed", type=int, default=0)
+    _out(parser)
+
+
+def _localize(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "localize", "score components by how much they matter for the data", METHOD_OPTIONS)
+    _model_and_data(parser)
+    parser.add_argument(
+        "--method", default="depn", metavar="NAME[,NAME]", help="localizers, see `locedit methods` (default depn)"
+    )
+    budget = parser.add_argument_group("which components to keep (one of)")
+    budget.add_argument("--top", type=int, metavar="K", help="the K best")
+    budget.add_argument("--fraction", type=float, metavar="F", help="this share of all")
+    budget.add_argument("--params", type=int, metavar="N", help="the best that hold at most N parameters")
+    budget.add_argument(
+        "--threshold", type=float, metavar="T", help="those with at least this share of the largest score"
+    )
+    budget.add_argument(
+        "--shared", type=float, metavar="S", help="those above the method's threshold in this share of the examples"
+    )
+    parser.add_argument("--sign", default="positive", help="positive, negative or absolute (default positive)")
+    parser.add_argument("--minus", metavar="FILE", help="control prompts whose scores are subtracted")
+    _out(parser)
+
+
+def _edit(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "edit", "change the model inside a component set", METHOD_OPTIONS)
+    _model_and_data(parser)
+    parser.add_argument("--within", metavar="FILE", help="components.json; without it the whole model may change")
+    parser.add_argument("--method", default="npo", metavar="NAME", help="see `locedit methods` (default npo)")
+    parser.add_argument(
+        "--hold", default="weights", help="how the change is held: weights, adapter or hook (default weights)"
+    )
+    parser.add_argument(
+        "--controls", type=int, default=0, metavar="N", help="also N random sets of the same size and everything"
+    )
+    _out(parser)
+
+
+def _evaluate(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "evaluate", "measure a model, before and after an edit, and attack it")
+    _model_and_data(parser)
+    parser.add_argument("--edit", metavar="FOLDER", help="an edit folder; without it the model is measured as it is")
+    parser.add_argument("--metrics", metavar="NAME,...", help="only these, see `locedit metrics`")
+    parser.add_argument("--attacks", default="", metavar="NAME,...", help="e.g. relearn")
+    parser.add_argument("--seed", type=int, default=0)
+    _out(parser)
+
+
+def _report(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "report", "write one self-contained HTML page about one or more runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the page to write")
+    parser.add_argument("--force", action="store_true", help="replace the page if it exists")
+
+
+def _export(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "export", "write the edited model as an ordinary transformers folder")
+    parser.add_argument("model", metavar="MODEL", help="the model that the edit was made for")
+    parser.add_argument("--edit", required=True, metavar="FOLDER")
+    _placement(parser)
+    _out(parser)
+
+
+def _methods(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands, "methods", "list localizers, unlearning methods and attacks, with papers and requirements"
+    )
+    parser.add_argument("name", nargs="?", help="one method: its options, their types and defaults")
+
+
+def _metrics(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(commands, "metrics", "list the metrics, with definition and direction")
+    parser.add_argument("name", nargs="?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""What each command of the command line does: read, call, save, and say where the result is."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from locedit.components import ComponentSet, Scores
+from locedit.data import Task, read_task
+from locedit.errors import LoceditError, nearest
+from locedit.models import Model, load
+from locedit.options import describe, parse
+from locedit.runs import Run, open_run
+from locedit.storage import refuse_overwrite
+from locedit.terminal import note, showing_progress, table
+
+BUDGETS = ("top", "fraction", "params", "threshold", "shared")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command that was parsed."""
+    with showing_progress():
+        _COMMANDS[args.command](args)
+    return 0
+
+
+# --- reading what the user gave --------------------------------------------------------------------------------------
+
+
+def read_model(args: argparse.Namespace) -> Model:
+    """The model of the command line, with its tokenizer."""
+    return load(args.model, tokenizer=args.tokenizer, dtype=args.dtype, device=args.device, device_map=args.device_map)
+
+
+def read_data(args: argparse.Namespace) -> Task:
+    """The task of the command line, with fields renamed, forget items chosen and the chat template set."""
+    task = read_task(args.data, args.fields)
+    if args.where:
+        task = dataclasses.replace(task, forget=task.forget.where(**_where(args.where)))
+    return task.with_chat(args.chat) if args.chat != "off" else task
+
+
+def _where(text: str) -> dict[str, list[str]]:
+    wanted: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise LoceditError(f"--where {text!r}: {part!r} is not FIELD=VALUE")
+        wanted.setdefault(name.strip(), []).append(value.strip())
+    return wanted
+
+
+def _about(args: argparse.Namespace, model: Model, task: Task) -> dict[str, Any]:
+    return {
+        "model": str(args.model),
+        "fingerprint": model.fingerprint,
+        "data": str(args.data),
+        "data_hash": task.hash,
+        "fields": args.fields,
+        "where": args.where,
+        "chat": args.chat,
+    }
+
+
+def _start(args: argparse.Namespace) -> tuple[Run, Model, Task]:
+    run_folder = Run(folder=Path(args.out), force=args.force)
+    model, task = read_model(args), read_data(args)
+    return run_folder, model, task
+
+
+def _key(model: Model, task: Task, **more: Any) -> dict[str, Any]:
+    return {"model": model.fingerprint, "data": task.hash, **more}
+
+
+def _reused(folder: str) -> None:
+    note(f"{folder} is there already, made from the same model, data and settings")
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def localize_command(args: argparse.Namespace) -> None:
+    """Score, save, and select when a budget is given."""
+    names = [name.strip() for name in args.method.split(",") if name.strip()]
+    options = {name: _method_options(_localizers(), name, args.extra, several=names) for name in names}
+    budget = {name: getattr(args, name) for name in BUDGETS if getattr(args, name) is not None}
+    if args.minus and not budget:
+        raise LoceditError(f"--minus needs a budget as well: one of {', '.join('--' + b for b in BUDGETS)}")
+    run_folder, model, task = _start(args)
+    found: list[tuple[Scores, ComponentSet | None]] = []
+    for name in names:
+        scores = _scored(run_folder, model, task, name, options[name])
+        control = _control_scores(args, model, name, options[name])
+        chosen = scores.select(**budget, sign=args.sign, minus=control) if budget else None
+        found.append((scores, chosen))
+    run_folder.write_once("run.json", _about(args, model, task))
+    for name, (scores, chosen) in zip(names, found, strict=True):
+        _say_scores(run_folder.folder / "localize" / name, scores)
+        if chosen is not None:
+            chosen.save(run_folder.folder / "localize" / name / "components.json")
+    if found[0][1] is not None:
+        run_folder.write_once("components.json", _plain_set(found[0][1]))
+        found[0][1].save(run_folder.folder / "components.json")
+        note(f"{run_folder.folder / 'components.json'}: {found[0][1]}")
+
+
+def _plain_set(chosen: ComponentSet) -> dict[str, Any]:
+    """The set as JSON without the time it took, so that the same selection again is the same file."""
+    value = chosen.to_json()
+    if value["provenance"]:
+        value["provenance"] |= {"seconds": 0.0, "peak_memory_mb": 0.0}
+    return value
+
+
+def _scored(run_folder: Run, model: Model, task: Task, name: str, options: dict[str, Any]) -> Scores:
+    from locedit.localize import estimate, localize
+
+    def make() -> Scores:
+        seconds, size = estimate(model, task, name, **options)
+        note(
+            f"{name}: {len(task.forget)} items, about {_duration(seconds)} and {size / 2**30:.2f} GiB beside the model"
+        )
+        return localize(model, task, name, **options)
+
+    return run_folder.stage(
+        f"localize/{name}",
+        _key(model, task, method=name, options=options),
+        make,
+        save=lambda scores, folder: scores.save(folder),
+        load=Scores.load,
+        on_reuse=_reused,
+    )
+
+
+def _control_scores(args: argparse.Namespace, model: Model, name: str, options: dict[str, Any]) -> Scores | None:
+    if not args.minus:
+        return None
+    from locedit.localize import localize
+
+    return localize(model, read_task(args.minus, args.fields), name, **options)
+
+
+def _say_scores(folder: Path, scores: Scores) -> None:
+    note(f"{folder}: {scores}")
+    known = scores.evidence.get("items", {}).get("known")
+    if known and sum(map(bool, known)) < len(known) / 2:
+        note(
+            f"warning: the model gives the answer to only {sum(map(bool, known))} of {len(known)} items; "
+            "scores of what it does not know mean little"
+        )
+
+
+def edit_command(args: argparse.Namespace) -> None:
+    """Make an edit inside a set, and its controls when asked for."""
+    from locedit.edit import Edit
+    from locedit.unlearn import METHODS, unlearn
+
+    options = _method_options(METHODS, args.method, args.extra)
+    run_folder, model, task = _start(args)
+    within = model.bind(ComponentSet.load(args.within)) if args.within else None
+    _say_memory(model, within, args.hold)
+    edit = run_folder.stage(
+        "edit",
+        _key(model, task, method=args.method, options=options, hold=args.hold, within=_identity(within)),
+        lambda: unlearn(model, task, args.method, within=within, hold=args.hold, **options),
+        save=lambda made, folder: made.save(folder, force=True),
+        load=Edit.load,
+        on_reuse=_reused,
+    )
+    run_folder.write_once("run.json", _about(args, model, task))
+    note(f"{run_folder.folder / 'edit'}: {edit}")
+    if args.controls:
+        _compare(run_folder, model, task, edit, args, options, within)
+
+
+def _compare(
+    run_folder: Run, model: Model, task: Task, edit: Any, args: argparse.Namespace, options: dict[str, Any], within: Any
+) -> None:
+    from locedit.controls import compare
+    from locedit.results import Comparison
+
+    if within is None:
+        raise LoceditError("--controls compares a set with random sets of the same size; give --within")
+    comparison = run_folder.stage(
+        "comparison",
+        _key(model, task, edit=edit.summary(), controls=args.controls),
+        lambda: compare(model, task, args.method, within=within, hold=args.hold, seeds=range(args.controls), **options),
+        save=lambda made, folder: made.save(folder / "comparison.json"),
+        load=lambda folder: Comparison.load(folder / "comparison.json"),
+        on_reuse=_reused,
+    )
+    note(
+        f"{run_folder.folder / 'comparison'}: {len(comparison.curves)} dose curves, compared at {comparison.level:.3g}"
+    )
+
+
+def _identity(within: ComponentSet | None) -> dict[str, Any] | None:
+    if within is None:
+        return None
+    from locedit.provenance import content_hash
+
+    return {"components": len(within), "hash": content_hash(within.to_json() | {"provenance": None})}
+
+
+def _say_memory(model: Model, within: ComponentSet | None, hold: str) -> None:
+    total = sum(p.numel() for p in model.module.parameters())
+    count = total if within is None else within.parameters("train")
+    note(
+        f"trainable: {count:,} of {total:,} parameters, held as {hold}; "
+        f"about {count * 16 / 2**20:.1f} MiB for deltas and optimizer"
+    )
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    """Measure before and after, attack, save."""
+    from locedit.attacks import ATTACKS
+    from locedit.edit import Edit
+    from locedit.evaluate import evaluate
+    from locedit.results import Evaluation
+
+    attacks = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    for name in attacks:
+        if name not in ATTACKS:
+            raise LoceditError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
+    options = {name: _method_options(ATTACKS, name, args.extra, several=attacks) for name in attacks}
+    if args.extra and not attacks:
+        raise LoceditError(f"unknown option --{next(iter(args.extra))}; options after --attacks belong to an attack")
+    metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
+    run_folder, model, task = _start(args)
+    edit = Edit.load(args.edit) if args.edit else None
+    evaluation = run_folder.stage(
+        "evaluation",
+        _key(model, task, edit=edit.summary() if edit else None, metrics=metrics, attacks=options, seed=args.seed),
+        lambda: evaluate(model, task, edit, attacks, attack_options=options, metrics=metrics, seed=args.seed),
+        save=lambda made, folder: made.save(folder / "evaluation.json"),
+        load=lambda folder: Evaluation.load(folder / "evaluation.json"),
+        on_reuse=_reused,
+    )
+    run_folder.write_once("run.json", _about(args, model, task))
+    for measure in evaluation.measures:
+        if measure.group is None:
+            note(str(measure))
+    for attack in evaluation.attacks:
+        note(attack.sentence)
+    note(f"{run_folder.folder / 'evaluation'}: {len(evaluation.measures)} measures, {len(evaluation.attacks)} attacks")
+
+
+def report_command(args: argparse.Namespace) -> None:
+    """One page about one or more runs."""
+    from locedit.report import report
+
+    refuse_overwrite(args.out, force=args.force)
+    runs = [open_run(folder) for folder in args.runs]
+    report(*runs).save(args.out, force=args.force)
+    note(f"{args.out}: report on {', '.join(str(r.folder) for r in runs)}")
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """The edited model as an ordinary folder."""
+    from locedit.edit import Edit
+
+    refuse_overwrite(args.out, force=args.force)
+    edit = Edit.load(args.edit)
+    edit.export(read_model(args), args.out, force=args.force)
+    note(f"{args.out}: the edited model; load it with transformers.AutoModel...from_pretrained({str(args.out)!r})")
+
+
+def lab_command(args: argparse.Namespace) -> None:
+    """A world and its model, as files."""
+    from locedit.lab import write_lab
+
+    made = write_lab(args.out, world=args.world, arch=args.arch, size=args.size, seed=args.seed, force=args.force)
+    note(f"{args.out}: model/ and the tasks facts/ and private/; {made}")
+
+
+def check_command(args: argparse.Namespace) -> None:
+    """What the model knows of the data and what can be done with it."""
+    from locedit.check import check
+
+    for line in check(read_model(args), read_data(args)):
+        sys.stdout.write(line + "\n")
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """The whole flow on a lab model."""
+    from locedit.demo import demo
+
+    if args.extra:
+        raise LoceditError(f"demo has no option --{next(iter(args.extra))}")
+    page = demo(args.out, arch=args.arch, seed=args.seed, force=args.force)
+    note(f"the report is {page}; open it in a browser")
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def methods_command(args: argparse.Namespace) -> None:
+    """All methods in a table, or the options of one."""
+    groups = {"localizer": _localizers(), "unlearning method": _unlearning(), "attack": _attacks()}
+    if args.name:
+        return _describe_method(args.name, groups)
+    rows = [
+        (name, group, " ".join(entry.requires) or "-", entry.paper)
+        for group, entries in groups.items()
+        for name, entry in entries.items()
+    ]
+    table(("name", "kind", "needs", "source"), rows)
+    return None
+
+
+def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    for group, entries in groups.items():
+        if name in entries:
+            entry = entries[name]
+            sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
+            sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n\n")
+            table(("option", "type", "default"), describe(entry.options) if entry.options else [])
+            return
+    known = [n for entries in groups.values() for n in entries]
+    raise LoceditError(f"unknown method {name!r}; {nearest(name, known)}")
+
+
+def metrics_command(args: argparse.Namespace) -> None:
+    """All metrics in a table, or one."""
+    from locedit.evaluate import METRICS
+
+    if args.name and args.name not in METRICS:
+        raise LoceditError(f"unknown metric {args.name!r}; {nearest(args.name, METRICS)}")
+    chosen = {args.name: METRICS[args.name]} if args.name else METRICS
+    table(("name", "on", "range", "definition"), [metric_row(name, metric) for name, metric in chosen.items()])
+
+
+def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:
+    low, high = metric.range
+    bounds = f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
+    return name, " ".join(metric.kinds), bounds, metric.definition
+
+
+def _summary(function: Any) -> str:
+    return (function.__doc__ or "").strip().split("\n")[0]
+
+
+def _localizers() -> Mapping[str, Any]:
+    from locedit.localize import LOCALIZERS
+
+    return LOCALIZERS
+
+
+def _unlearning() -> Mapping[str, Any]:
+    from locedit.unlearn import METHODS
+
+    return METHODS
+
+
+def _attacks() -> Mapping[str, Any]:
+    from locedit.attacks import ATTACKS
+
+    return ATTACKS
+
+
+def _method_options(
+    registry: Mapping[str, Any], name: str, words: dict[str, str], *, several: list[str] | None = None
+) -> dict[str, Any]:
+    """The options of one method out of the words of the command line; with several methods each takes those it has."""
+    if name not in registry:
+        raise LoceditError(f"unknown method {name!r}; {nearest(name, registry)}")
+    mine = words
+    if several and len(several) > 1:
+        have = {n: {o[0] for o in describe(registry[n].options)} for n in several if n in registry}
+        stray = [w for w in words if not any(w in names for names in have.values())]
+        if stray:
+            raise LoceditError(f"no option {stray[0]!r} in any of {', '.join(several)}")
+        mine = {w: text for w, text in words.items() if w in have[name]}
+    return parse(registry[name].options, mine, method=name)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+_COMMANDS = {
+    "check": check_command,
+    "demo": demo_command,
+    "edit": edit_command,
+    "evaluate": evaluate_command,
+    "export": export_command,
+    "lab": lab_command,
+    "localize": localize_command,
+    "methods": methods_command,
+    "metrics": metrics_command,
+    "report": report_command,
+}
