@@ -1,8 +1,8 @@
 """The only file that imports transformer_lens: its architecture adapters as a table, and the temporary bridge.
 
-The adapters know where each of some hundred architectures keeps its embeddings, attention and MLP matrices, and how fused
-matrices (query_key_value, gate_up) are split. They are read as a table, without booting anything: the model is neither
-changed nor wrapped. transformer_lens is imported on first use, because it costs most of a second.
+The adapters know where each of some hundred architectures keeps its embeddings, attention and MLP matrices, and how
+fused matrices (query_key_value, gate_up) are split. They are read as a table, without booting anything: the model is
+neither changed nor wrapped. transformer_lens is imported on first use, because it costs most of a second.
 """
 
 import copy
@@ -17,8 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-ROLES = ("attn", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "attn.q_norm", "attn.k_norm")
-ROLES += ("mlp", "mlp.gate", "mlp.in", "mlp.out", "ln1", "ln2", "ln1_post", "ln2_post")
+from locedit.errors import LoceditError
+
+ROLES = (
+    "attn", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "attn.q_norm", "attn.k_norm",
+    "mlp", "mlp.gate", "mlp.in", "mlp.out", "ln1", "ln2", "ln1_post", "ln2_post",
+)  # fmt: skip
 OUTER = ("embed", "pos_embed", "embed_ln", "ln_final", "unembed")
 
 
@@ -43,12 +47,12 @@ class AdapterTable:
 def _quiet_import() -> Generator[None]:
     """Undo what importing transformer_lens does to the transformers logger and to the warning filters."""
     logger = logging.getLogger("transformers")
-    level, filters = logger.level, warnings.filters[:]
+    level = logger.level
     try:
-        yield
+        with warnings.catch_warnings():
+            yield
     finally:
         logger.setLevel(level)
-        warnings.filters[:] = filters
 
 
 def adapter_table(model: PreTrainedModel) -> AdapterTable:
@@ -108,19 +112,19 @@ def _fused_rows(adapter: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[
 
 
 def _probe(container: nn.Module, fused: nn.Module, split: Any) -> list[tuple[int, ...]]:
-    """Rows of `fused` that feed each part of `split(container)`, read off a copy whose weights are their row numbers."""
-    plain = getattr(fused, "base_layer", fused)
+    """Rows of `fused` that feed each part of `split(container)`, read off a copy whose weights are row numbers."""
+    plain: Any = getattr(fused, "base_layer", fused)
     counter = _shell(plain)
     out_axis = 1 if type(plain).__name__ == "Conv1D" else 0
     numbers = torch.arange(plain.weight.shape[out_axis], dtype=torch.float32)
     shape = (1, -1) if out_axis else (-1, 1)
-    counter._parameters["weight"] = nn.Parameter(numbers.view(shape).expand(plain.weight.shape))
+    counter.weight = nn.Parameter(numbers.view(shape).expand(plain.weight.shape))
     if getattr(plain, "bias", None) is not None:
-        counter._parameters["bias"] = nn.Parameter(numbers.clone())
+        counter.bias = nn.Parameter(numbers.clone())
     clone = _shell(container)
     for name, child in container.named_children():
         if child is fused:
-            clone._modules[name] = counter
+            setattr(clone, name, counter)
     with torch.no_grad():
         return [tuple(part.weight[:, 0].round().long().tolist()) for part in split(clone)]
 
@@ -128,6 +132,68 @@ def _probe(container: nn.Module, fused: nn.Module, split: Any) -> list[tuple[int
 def _shell(module: nn.Module) -> nn.Module:
     """A shallow copy whose children and parameters can be exchanged; no tensor is copied."""
     clone = copy.copy(module)
-    clone._modules = dict(module._modules)
-    clone._parameters = dict(module._parameters)
+    for table in ("_modules", "_parameters"):
+        clone.__dict__[table] = dict(module.__dict__[table])
     return clone
+
+
+# --- the bridge ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bridged(core: PreTrainedModel, tokenizer: Any) -> Generator[Any]:
+    """Wrap the model in place as a TransformerBridge with eager attention, and take everything back at the end.
+
+    Weights must not be changed inside: the bridge holds copies of some fused matrices, and changes to those would be
+    lost.
+    """
+    with _quiet_import():
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    attention = getattr(core.config, "_attn_implementation", None) or "eager"
+    before = {name: _version(parameter) for name, parameter in core.named_parameters()}
+    with _restoring(core), torch.random.fork_rng(devices=[]):
+        core.set_attn_implementation("eager")
+        try:
+            bridge = build_bridge_from_module(core, type(core).__name__, hf_config=core.config, model_name="local")
+            bridge.tokenizer = tokenizer
+            yield bridge
+        finally:
+            core.set_attn_implementation(attention)
+    changed = [name for name, parameter in core.named_parameters() if _version(parameter) != before[name]]
+    if changed:
+        raise LoceditError(f"a bridge is for reading, but {changed[0]!r} was changed inside it: reload the model")
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+@contextmanager
+def _restoring(core: PreTrainedModel) -> Generator[None]:
+    """Put back every attribute of every module and of the config, gradients, and which parameters take part in them."""
+    modules = {module: _attributes(module) for module in core.modules()}
+    config = dict(core.config.__dict__)
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in core.parameters()]
+    try:
+        yield
+    finally:
+        for module, attributes in modules.items():
+            module.__dict__.clear()
+            for name, (value, content) in attributes.items():
+                if content is not None:
+                    value.clear()
+                    value.update(content)
+                module.__dict__[name] = value
+        core.config.__dict__.clear()
+        core.config.__dict__.update(config)
+        for parameter, takes_part, gradient in parameters:
+            parameter.requires_grad_(takes_part)
+            parameter.grad = gradient
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's attributes; of dictionaries and sets (its children, parameters, hooks) the content too."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, dict | set) else None)
+        for name, value in module.__dict__.items()
+    }

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ STORED = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.i
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Places of one role among a matrix's outputs: `count` runs of `width`, the first at `start`, one every `stride`."""
+    """Places of a role among a matrix's outputs: `count` runs of `width`, the first at `start`, one every `stride`."""
 
     start: int
     stride: int
@@ -149,7 +150,7 @@ class Anatomy:
         if not self.has(name):
             raise LoceditError(self._no_matrix(layer, role))
         module = self.module(name)
-        plain = getattr(module, "base_layer", module)
+        plain: Any = getattr(module, "base_layer", module)
         weight = self._name_of[id(plain.weight)]
         bias = getattr(plain, "bias", None)
         return Matrix(

@@ -12,7 +12,7 @@ from locedit.data import Task, read_task
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model, load
 from locedit.options import describe, parse
-from locedit.runs import Run, open_run
+from locedit.runs import Run
 from locedit.storage import refuse_overwrite
 from locedit.terminal import note, showing_progress, table
 
@@ -252,9 +252,8 @@ def report_command(args: argparse.Namespace) -> None:
     from locedit.report import report
 
     refuse_overwrite(args.out, force=args.force)
-    runs = [open_run(folder) for folder in args.runs]
-    report(*runs).save(args.out, force=args.force)
-    note(f"{args.out}: report on {', '.join(str(r.folder) for r in runs)}")
+    report(*args.runs).save(args.out, force=args.force)
+    note(f"{args.out}: report on {', '.join(args.runs)}")
 
 
 def export_command(args: argparse.Namespace) -> None:

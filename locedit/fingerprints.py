@@ -67,7 +67,8 @@ def digest(parameter: torch.Tensor) -> str:
     flat = parameter.detach().reshape(-1)
     whole = hashlib.sha256(f"{parameter.dtype}{tuple(parameter.shape)}".encode())
     for block in flat.split(1 << 24):
-        whole.update(memoryview(block.contiguous().cpu().view(torch.uint8).numpy()))
+        data: Any = block.cpu().contiguous().view(torch.uint8).numpy()
+        whole.update(data)
     return whole.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""From a path, a hub id or a module to a checked Hugging Face model, with one clear line for everything that can be wrong."""
+"""From a path, a hub id or a module to a checked Hugging Face model; one clear line for what can be wrong."""
 
 from pathlib import Path
 from typing import Any

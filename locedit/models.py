@@ -47,7 +47,7 @@ class Model:
         "the PreTrainedModel itself"
         self.causal = loading.is_causal(self.core)
         "False for a masked language model"
-        self._known_sites: dict[Unit, dict[str, Site]] = {}
+        self._known_sites: dict[str, dict[str, Site]] = {}
         self._fingerprint = Fingerprint(self.core, folder=folder)
 
     def __repr__(self) -> str:
@@ -69,11 +69,16 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where token ids go in; under a device_map other layers may be elsewhere."""
-        return self.core.get_input_embeddings().weight.device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.core.get_input_embeddings().weight.dtype
+        return self._embedding.dtype
+
+    @property
+    def _embedding(self) -> Tensor:
+        embedding: Any = self.core.get_input_embeddings()
+        return embedding.weight
 
     @property
     def n_layers(self) -> int:
@@ -125,7 +130,7 @@ class Model:
         """All sites of a unit by name, with their slices of parameters."""
         return dict(self._sites(unit))
 
-    def _sites(self, unit: Unit) -> dict[str, Site]:
+    def _sites(self, unit: str) -> dict[str, Site]:
         if unit not in UNITS:
             raise LoceditError(f"unit {unit!r}; {nearest(unit, UNITS)}")
         if unit not in self._known_sites:
@@ -148,7 +153,7 @@ class Model:
         return self.components({name: range(site.count) for name, site in self.sites(unit).items()})
 
     def bind(self, components: ComponentSet) -> ComponentSet:
-        """The same choice with this model's slices, for a set written by hand or found in another state of the model."""
+        """The same choice with this model's slices, for a set written by hand or found before the model was changed."""
         universe = self._universe(components.sites)
         return ComponentSet.of(
             {name: universe[name] for name in components.sites},
@@ -176,7 +181,7 @@ class Model:
     def linear(self, layer: int, role: str) -> nn.Module:
         """The projection module of a block: attn.q, attn.k, attn.v, attn.o, mlp.gate, mlp.in or mlp.out.
 
-        For a role in a fused matrix the fused module; `anatomy.matrix(layer, role).runs` says which outputs are its own.
+        For a role in a fused matrix the fused module; `anatomy.matrix(layer, role).runs` says which outputs are its.
         """
         return self.anatomy.matrix(layer, role).module
 
@@ -230,9 +235,7 @@ class Model:
         """
         from locedit._transformer_lens import bridged
 
-        if self.module is not self.core:
-            raise LoceditError(f"{self.name} is wrapped by PEFT; merge or unload the adapter before bridging")
-        return bridged(self.core)
+        return bridged(self.core, self.tokenizer)
 
 
 def load(

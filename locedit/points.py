@@ -21,9 +21,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from locedit.anatomy import Anatomy, Runs
+from locedit.components import unit_of
 from locedit.errors import LoceditError, nearest
 
 OUTER_POINTS = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "hook_unembed": "unembed"}
@@ -46,6 +47,10 @@ class HookPoint:
     "the last axis is split into heads of this width"
     base: nn.Module | None = None
     "the value is the output of `module` plus the input of `base` (the residual stream in the middle of a block)"
+    whole: bool = False
+    "for ablation: the one component is everything here"
+    rest: Tensor | None = None
+    "for ablation: what is left of the entries when their weights are zero (a bias); None = nothing"
 
 
 def find(anatomy: Anatomy, name: str) -> HookPoint:
@@ -57,9 +62,8 @@ def find(anatomy: Anatomy, name: str) -> HookPoint:
         raise LoceditError(f"no hook {name!r}; {nearest(name, names(anatomy))}")
     layer, point = int(match[1]), match[2]
     if layer >= anatomy.table.n_layers:
-        raise LoceditError(
-            f"no hook {name!r}: the model has {anatomy.table.n_layers} layers (blocks.0 to blocks.{anatomy.table.n_layers - 1})"
-        )
+        last = anatomy.table.n_layers - 1
+        raise LoceditError(f"no hook {name!r}: the model has layers 0 to {last}")
     if point.startswith("hook_resid"):
         return _resid(anatomy, layer, point)
     if point.startswith("hook_"):
@@ -121,3 +125,36 @@ def _projection(anatomy: Anatomy, layer: int, point: str) -> HookPoint:
     roles = {"mlp.hook_pre": pre, "mlp.hook_pre_linear": "mlp.in"}
     matrix = anatomy.matrix(layer, roles.get(point, f"attn.{point[-1]}"))
     return HookPoint(name=name, module=matrix.module, side="output", runs=matrix.runs, d_head=d_head)
+
+
+# --- where a component acts ------------------------------------------------------------------------------------------
+
+
+def of_site(anatomy: Anatomy, site: str) -> list[HookPoint]:
+    """Where zeroing a site's components by hook equals zeroing their write slices."""
+    unit = unit_of(site)
+    if not site.startswith("blocks.") or unit == "weight":
+        raise LoceditError(f"site {site!r} has no place in the forward pass that stands for it alone: edit its weights")
+    layer, path = int(site.split(".")[1]), site.split(".", 2)[2]
+    if unit == "neuron":
+        return [find(anatomy, f"blocks.{layer}.mlp.hook_post")]
+    if unit == "head":
+        return [find(anatomy, f"blocks.{layer}.attn.hook_z")]
+    outputs = {"mlp": ("mlp.out",), "attn": ("attn.o",), "layer": ("attn.o", "mlp.out")}
+    if unit in outputs:
+        return [_whole_output(anatomy, layer, role) for role in outputs[unit]]
+    role = path.removesuffix(f".{unit}")
+    return [_whole_output(anatomy, layer, role) if unit == "matrix" else _line(anatomy, layer, role, unit=unit)]
+
+
+def _whole_output(anatomy: Anatomy, layer: int, role: str) -> HookPoint:
+    matrix = anatomy.matrix(layer, role)
+    return HookPoint(name=f"blocks.{layer}.{role}", module=matrix.module, side="output", runs=matrix.runs, whole=True)
+
+
+def _line(anatomy: Anatomy, layer: int, role: str, *, unit: str) -> HookPoint:
+    matrix = anatomy.matrix(layer, role)
+    if unit == "column":
+        return HookPoint(name=f"blocks.{layer}.{role}", module=matrix.module, side="input")
+    bias = None if matrix.bias is None else anatomy.parameters[matrix.bias].detach()
+    return HookPoint(name=f"blocks.{layer}.{role}", module=matrix.module, side="output", rest=bias)

@@ -11,14 +11,13 @@
 Every stage folder has a stage.json that says from what it was made. It appears whole or not at all.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from locedit.components import ComponentSet, Scores
 from locedit.errors import LoceditError
-from locedit.results import Comparison, Evaluation
 from locedit.storage import atomic_folder, dumps, read_json, refuse_overwrite, write_json
 
 Result = TypeVar("Result")
@@ -73,57 +72,10 @@ class Run:
             )
         write_json(path, value)
 
-    def components(self) -> ComponentSet | None:
-        path = self.folder / "components.json"
-        return ComponentSet.load(path) if path.exists() else None
-
-    def scores(self) -> tuple[Scores, ...]:
-        folders = sorted(p.parent for p in self.folder.glob("localize/*/scores.json"))
-        return tuple(Scores.load(folder) for folder in folders)
-
-    def evaluation(self) -> Evaluation | None:
-        return _load(Evaluation.load, self.folder / "evaluation" / "evaluation.json")
-
-    def comparison(self) -> Comparison | None:
-        return _load(Comparison.load, self.folder / "comparison" / "comparison.json")
-
-    def about(self) -> dict[str, Any]:
-        """What run.json says; empty when there is none."""
-        path = self.folder / "run.json"
-        return read_json(path) if path.exists() else {}
-
-    def edit_summary(self) -> dict[str, Any] | None:
-        path = self.folder / "edit" / "edit.json"
-        return read_json(path) if path.exists() else None
-
-
-def open_run(folder: str | Path) -> Run:
-    """A run folder that exists and holds at least one result."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise LoceditError(f"{folder}: no such run folder")
-    known = ("run.json", "components.json", "localize", "edit", "evaluation", "comparison")
-    if not any((path / name).exists() for name in known):
-        raise LoceditError(f"{folder}: not a run folder; it holds none of {', '.join(known)}")
-    return Run(folder=path)
-
 
 def read_back(value: dict[str, Any]) -> dict[str, Any]:
     """A value as it would come back from its JSON file."""
-    import json
-
     return json.loads(dumps(value))
-
-
-def _load(load: Callable[[Path], Result], path: Path) -> Result | None:
-    if not path.exists():
-        return None
-    try:
-        return load(path)
-    except LoceditError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise LoceditError(f"{path}: not a result that locedit wrote ({error!r})") from error
 
 
 def _difference(there: Any, wanted: Any) -> str:

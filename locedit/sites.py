@@ -7,13 +7,15 @@ equal zeroing by hook. And it has *train* slices: a neuron's in, gate and out; a
 only when every query head of the group is in the set.
 """
 
+from collections.abc import Callable
+
 from torch import nn
 
 from locedit.anatomy import MATRICES, STORED, Anatomy, Matrix
-from locedit.components import Site, Slice, Unit
+from locedit.components import Site, Slice
 
 
-def sites_of(anatomy: Anatomy, unit: Unit) -> dict[str, Site]:
+def sites_of(anatomy: Anatomy, unit: str) -> dict[str, Site]:
     """All sites of a unit, in the order of the layers; parameters outside the blocks come last."""
     return {site.name: site for site in _SITES[unit](anatomy)}
 
@@ -101,7 +103,7 @@ def _columns(anatomy: Anatomy) -> list[Site]:
 
 
 def _lines(anatomy: Anatomy, unit: str) -> list[Site]:
-    """Rows (weights into one output) or columns (weights leaving one input) of the stored matrices, then of the rest."""
+    """Rows (weights into an output) or columns (weights leaving an input) of the stored matrices, then of the rest."""
     sites: list[Site] = []
     for layer, matrix in _stored(anatomy):
         axis = matrix.out_axis if unit == "row" else matrix.in_axis
@@ -150,7 +152,7 @@ def _remaining(anatomy: Anatomy, sites: list[Site], unit: str) -> list[Site]:
     return found
 
 
-_SITES = {
+_SITES: dict[str, Callable[[Anatomy], list[Site]]] = {
     "neuron": _neurons,
     "head": _heads,
     "mlp": _mlps,

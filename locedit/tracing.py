@@ -1,14 +1,15 @@
 """Looking into a forward pass and changing it, by transformer-lens names, on the unmodified model.
 
-The only file that registers hooks. Everything is a context manager: hooks act inside it and are gone after it, whether it ends well,
-by an exception or by an early stop. Values are the model's own tensors, so gradients flow through them. A hook that never
-fired is an error when its context ends well.
+The only file that registers hooks. Everything is a context manager: hooks act inside it and are gone after it, whether
+it ends well, by an exception or by an early stop. Values are the model's own tensors, so gradients flow through them. A
+hook that never fired is an error when its context ends well.
 
     with record(model, ["blocks.3.mlp.hook_post"]) as seen:
         model.logits(batch)
     seen["blocks.3.mlp.hook_post"]          # [batch, pos, d_mlp]
 """
 
+import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from locedit.errors import LoceditError
-from locedit.points import HookPoint
+from locedit.points import HookPoint, of_site
 
 if TYPE_CHECKING:
     from locedit.components import ComponentSet
@@ -36,7 +37,7 @@ class _Stop(Exception):
 
 @contextmanager
 def record(model: "Model", names: Iterable[str]) -> Generator[dict[str, Tensor]]:
-    """Fill a dictionary with the values at the named points, graph included; a second forward pass replaces the first."""
+    """Fill a dictionary with the values at the named points, graph included; a second forward pass overwrites them."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Change:
@@ -72,10 +73,33 @@ def scale(model: "Model", factors: Mapping[str, float | Tensor]) -> Generator[No
 
 
 @contextmanager
+def ablate(model: "Model", components: "ComponentSet", means: Mapping[str, Tensor] | None = None) -> Generator[None]:
+    """Take components out by hook: to zero, or to the means given by site name.
+
+    Zeroing equals zeroing the write slices of the weights: a neuron's or head's activation, the output of an MLP's or
+    attention's output projection (both for `layer`), of a matrix, the unbiased output of a row, the input of a column.
+    A mean is `[count]` for neurons, `[count, d_head]` for heads, `[d_model]` for `mlp` and `attn`, `[n_out]` for a
+    matrix.
+    """
+    sites = {site: components.indices(site) for site in components.sites if components.indices(site)}
+    if not sites:
+        raise LoceditError("the set has no component to ablate")
+    fired: set[str] = set()
+    with ExitStack() as stack:
+        for site, chosen in sites.items():
+            for point in of_site(model.anatomy, site):
+                mean = None if means is None else _mean(means, site)
+                stack.enter_context(_at_point(point, _noting(fired, site, _without(point, chosen, mean))))
+        yield
+    if missed := [site for site in sites if site not in fired]:
+        raise LoceditError(_never_fired(missed[0]))
+
+
+@contextmanager
 def stop_at(model: "Model", name: str) -> Generator[None]:
     """End the forward pass at the named point, and with it the body of the context; later modules do not run."""
 
-    def stop(value: Tensor) -> Tensor:
+    def stop(_: Tensor) -> Tensor:
         raise _Stop
 
     try:
@@ -84,6 +108,35 @@ def stop_at(model: "Model", name: str) -> Generator[None]:
             raise LoceditError(_never_fired(name))
     except _Stop:
         pass
+
+
+@contextmanager
+def rewrite_blocks(model: "Model", change: Callable[[int, dict[str, Any]], dict[str, Any] | None]) -> Generator[None]:
+    """Send every block's number and arguments, by name, through a function before it runs.
+
+    The block is called with what the function returns, or as it was when that is None.
+    """
+
+    def rewriting(layer: int, block: nn.Module) -> Any:
+        signature = inspect.signature(block.forward)
+        open_ended = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[()], dict[str, Any]] | None:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            for name in open_ended:
+                arguments |= arguments.pop(name, {})
+            changed = change(layer, arguments)
+            return None if changed is None else ((), changed)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.anatomy.blocks):
+            handle = block.register_forward_pre_hook(rewriting(layer, block), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 @contextmanager
@@ -132,6 +185,30 @@ def _changing(value: Tensor | Change) -> Change:
     if not isinstance(value, Tensor):
         return value
     return lambda old: value.to(old).expand_as(old)
+
+
+def _mean(means: Mapping[str, Tensor], site: str) -> Tensor:
+    if site not in means:
+        raise LoceditError(f"no mean for site {site!r}; means are given for: {', '.join(means) or 'nothing'}")
+    return means[site]
+
+
+def _without(point: HookPoint, chosen: tuple[int, ...], mean: Tensor | None) -> Change:
+    """Put the mean, or what is left without the weights, in the place of the chosen entries."""
+
+    def change(value: Tensor) -> Tensor:
+        axis = -1 if point.d_head is None else -2
+        whole = point.whole
+        index = torch.arange(value.shape[-1], device=value.device) if whole else torch.tensor(chosen).to(value.device)
+        left = point.rest if mean is None else mean
+        if left is None:
+            return value.index_fill(axis, index, 0.0)
+        kept = left.to(value)[index]
+        shape = list(value.shape)
+        shape[axis] = len(index)
+        return value.index_copy(axis, index, kept.expand(shape))
+
+    return change
 
 
 def _never_fired(name: str) -> str:

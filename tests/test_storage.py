@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from locedit.errors import LoceditError
-from locedit.runs import Run, open_run
+from locedit.runs import Run
 from locedit.storage import atomic_file, atomic_folder, dumps, read_json, read_tensors, write_json, write_tensors
 
 
@@ -101,10 +101,3 @@ def test_an_interrupted_stage_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run.stage("edit", {}, interrupted, save=lambda *_: None, load=lambda _: 0)
     assert stage(run, {}, 8) == 8
-
-
-def test_open_run_wants_a_run(tmp_path: Path) -> None:
-    with pytest.raises(LoceditError, match="no such run folder"):
-        open_run(tmp_path / "none")
-    with pytest.raises(LoceditError, match="not a run folder"):
-        open_run(tmp_path)

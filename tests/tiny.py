@@ -1,8 +1,8 @@
 """Tiny random models of every supported architecture, and a tokenizer made in code.
 
-Every weight, bias and norm is random and far from its usual starting value, dropout is off, grouped-query models have two
-key/value heads for four query heads, and the head width differs from d_model / n_heads where the architecture allows it:
-what a real model would show only in one place in a thousand shows here at once.
+Every weight, bias and norm is random and far from its usual starting value, dropout is off, grouped-query models have
+two key/value heads for four query heads, and the head width differs from d_model / n_heads where the architecture
+allows it: what a real model would show only in one place in a thousand shows here at once.
 """
 
 import functools
@@ -86,9 +86,9 @@ CAUSAL = tuple(name for name in ARCHITECTURES if name not in MASKED)
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with 320 tokens: <pad> 0, <s> 1, </s> 2, <mask> 3, all 256 bytes, and merges; adds no special token.
+    """A byte-level BPE with 320 tokens: <pad> 0, <s> 1, </s> 2, <mask> 3, all 256 bytes, and merges.
 
-    Any text goes through and comes back; words of the small corpus take one to three tokens.
+    It adds no special token. Any text goes through and comes back; words of the small corpus take one to three tokens.
     """
     core = Tokenizer(BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,8 +112,7 @@ def module(architecture: str, *, seed: int = 0, **overrides: Any) -> PreTrainedM
     ids = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     ties = {} if architecture in ("llama_tied", "gpt2", "bert", "roberta") else {"tie_word_embeddings": False}
     config = getattr(transformers, config_name)(**(ids | ties | settings | overrides))
-    devices = [torch.device("cpu")] if not torch.cuda.is_available() else None
-    with torch.random.fork_rng(devices=[] if devices else None):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = getattr(transformers, class_name)(config)
         randomise(built, seed=seed)

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from locedit.data.fields import Place, Record, check_name, check_text, check_texts
 from locedit.data.items import Dataset, Fact, Item, Neighbour, TokenText
@@ -187,7 +188,7 @@ def read_arrays(path: Path) -> Dataset:
     return Dataset(items=items, source=str(path))
 
 
-def _array(path: Path) -> np.ndarray[Any, Any]:
+def _array(path: Path) -> NDArray[np.int64]:
     try:
         tokens = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -199,4 +200,4 @@ def _array(path: Path) -> np.ndarray[Any, Any]:
         raise LoceditError(f"{path}: {found}, wanted whole numbers [n, length]")
     if not len(tokens):
         raise LoceditError(f"{path}: is empty")
-    return cast("np.ndarray[Any, Any]", tokens.astype(np.int64))
+    return tokens.astype(np.int64)

@@ -1,0 +1,145 @@
+"""Unlearning methods by name: any loss or recipe, within any component set, held as weights or as an adapter."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from locedit import options as option_values
+from locedit._callable import make_callable
+from locedit.components import ComponentSet
+from locedit.data.encode import encode
+from locedit.data.items import Dataset, Task, as_task
+from locedit.edit import ablation
+from locedit.edit.edit import Edit
+from locedit.edit.objective import Objective
+from locedit.edit.train import TrainOptions, train
+from locedit.errors import LoceditError, nearest
+from locedit.models import Model
+from locedit.unlearn import grad_diff, gradient_ascent, injection, npo
+from locedit.unlearn.registry import Method, RetainOptions, retain_terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleOptions:
+    """Options of scale."""
+
+    factor: float = 0.5
+    "what the components' contribution is multiplied by"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Nothing to choose."""
+
+
+def _zero(model: Model, task: Task, *, within: ComponentSet, hold: Any, options: NoOptions) -> Edit:
+    del task, options
+    return ablation.zero(model, within, hold=hold)
+
+
+def _mean(model: Model, task: Task, *, within: ComponentSet, hold: Any, options: NoOptions) -> Edit:
+    """Means over the retain data, else over the texts, else over the forget data."""
+    del options
+    return ablation.mean(model, within, task.retain or task.texts or task.forget, hold=hold)
+
+
+def _scale(model: Model, task: Task, *, within: ComponentSet, hold: Any, options: ScaleOptions) -> Edit:
+    del task
+    return ablation.scale(model, within, options.factor, hold=hold)
+
+
+_recipe = functools.partial(Method, trained=False, holds=("weights", "hooks"), requires=())
+
+METHODS: dict[str, Method] = {
+    "zero": _recipe(function=_zero, options=NoOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
+    "mean": _recipe(function=_mean, options=NoOptions, paper="Wang et al. 2023, arXiv:2211.00593"),
+    "scale": _recipe(function=_scale, options=ScaleOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
+    "injection": Method(
+        function=injection.loss,
+        options=injection.InjectionOptions,
+        requires=("forget", "retain"),
+        paper="Guo et al. 2024, arXiv:2410.12949",
+        learns=injection.new_answers,
+    ),
+    "ga": Method(
+        function=gradient_ascent.loss,
+        options=TrainOptions,
+        requires=("forget",),
+        paper="Jang et al. 2023, arXiv:2210.01504",
+    ),
+    "grad_diff": Method(
+        function=grad_diff.loss,
+        options=grad_diff.GradDiffOptions,
+        requires=("forget", "retain"),
+        paper="Liu et al. 2022, arXiv:2203.12817",
+    ),
+    "npo": Method(
+        function=npo.loss,
+        options=npo.NpoOptions,
+        requires=("forget", "retain"),
+        paper="Zhang et al. 2024, arXiv:2404.05868",
+    ),
+}
+NEEDS_SET = ("zero", "mean", "scale")
+
+
+def unlearn(
+    model: Model,
+    task: Task | Dataset,
+    name: str,
+    *,
+    within: ComponentSet | None = None,
+    hold: str = "weights",
+    **options: Any,
+) -> Edit:
+    """Make the model forget `task.forget` by a method of METHODS, only inside `within` (None = the whole model).
+
+    `hold` is weights (in place), adapter (LoRA, trained methods) or hooks (zero, mean, scale). The model is unchanged;
+    the edit's history follows the mean answer probability on forget and retain data.
+    """
+    task = as_task(task)
+    chosen = prepare(name, task, within=within, hold=hold, **options)
+    method = METHODS[name]
+    if not method.trained:
+        return method.function(model, task, within=within, hold=hold, options=chosen)
+    return train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)  # type: ignore[arg-type]
+
+
+def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: str = "weights", **options: Any) -> Any:
+    """The method's options, filled and checked against the task; needs no model, so it can run before loading one."""
+    if name not in METHODS:
+        raise LoceditError(f"no unlearning method {name!r}; {nearest(name, METHODS)}")
+    method = METHODS[name]
+    chosen = option_values.fill(method.options, options, method=name)
+    if hold not in method.holds:
+        raise LoceditError(f"{name} cannot be held as {hold!r}; {nearest(hold, method.holds)}")
+    if within is None and name in NEEDS_SET:
+        raise LoceditError(f"{name} needs a component set (--within FILE): on the whole model nothing would be left")
+    if within is not None and not method.restrictable:
+        raise LoceditError(f"{name} cannot be restricted to a component set; leave out --within")
+    method.check(name, task, chosen)
+    if method.learns is not None:
+        method.learns(task)
+    return chosen
+
+
+def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective:
+    """The trainer's objective for a trained method: its loss, its data, and the data whose levels are followed."""
+    method = METHODS[name]
+    forget = encode(model, task.forget)
+    retain = encode(model, task.retain) if task.retain is not None else None
+    used = "retain" in method.requires and getattr(options, "retain_weight", 0) != 0
+    learned = forget if method.learns is None else encode(model, method.learns(task))
+    return Objective(
+        loss=functools.partial(method.function, options=options),
+        forget=learned,
+        retain=retain if used else None,
+        probes={"forget": forget} | ({"retain": retain} if retain else {}),
+        name=name,
+        hash=task.hash,
+    )
+
+
+make_callable(__name__)
+
+__all__ = ["METHODS", "Method", "RetainOptions", "objective", "prepare", "retain_terms", "unlearn"]
