@@ -1,4 +1,4 @@
-"""Small worlds and the models trained on them: people with facts, private records, and ordinary sentences around them."""
+"""Small worlds and the models trained on them: people with facts, private records, ordinary sentences around them."""
 
 from locedit._callable import make_callable
 from locedit.lab.architectures import ARCHITECTURES

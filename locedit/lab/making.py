@@ -1,0 +1,153 @@
+"""Making a lab: the world, its tokenizer, the training, the report; kept in the user's cache, whole or not at all."""
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from locedit.errors import LoceditError, nearest
+from locedit.lab.architectures import POSITIONS, build
+from locedit.lab.lookup import lookup
+from locedit.lab.measure import world_report
+from locedit.lab.recipe import Recipe, recipe_for
+from locedit.lab.tokenizer import mask_id, train_tokenizer
+from locedit.lab.training import Kind, Progress, Schedule, encode_rows, train
+from locedit.lab.world import WORLDS, World, answer_words, make_world, tokenizer_texts
+from locedit.progress import report as count
+from locedit.storage import atomic_folder, cache_folder, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from locedit.data import Task
+    from locedit.models import Model
+
+SHARES = {"sentence": (0.65, 0.3), "multiple_choice": (0.15, 0.55), "prose": (0.2, 0.15)}
+"""Kind of text -> its share of the batches in the first and the second half: the choice is learned after the facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """A small world with the model trained on it, as ordinary files."""
+
+    name: str
+    """The world: facts or private. The model has learned both."""
+    folder: Path
+    """Holds model/, facts/, private/ and lab.json."""
+
+    @property
+    def task_folder(self) -> Path:
+        """The data files of this world: forget, retain, heldout and texts."""
+        return self.folder / self.name
+
+    @cached_property
+    def model(self) -> "Model":
+        """The trained model, loaded when first asked for."""
+        from locedit.models import load
+
+        return load(str(self.folder / "model"))
+
+    @cached_property
+    def task(self) -> "Task":
+        """The task of this world, read when first asked for."""
+        from locedit.data import read_task
+
+        return read_task(self.task_folder)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What lab.json says: the recipe, what the model knows of each group, and where it looks facts up."""
+        return read_json(self.folder / "lab.json")
+
+
+def lab(
+    world: str = "facts",
+    *,
+    arch: str = "gpt2",
+    size: str = "small",
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Lab:
+    """A small world and a model trained on it, made at the first call (minutes; size="tiny": seconds) and then cached.
+
+    Args:
+        world: "facts" or "private"; says which task comes with the lab, the model is the same.
+        arch: "gpt2", "llama", "neox" or "bert" (a masked model).
+        cache: the folder to keep labs in; by default the user's cache folder for locedit.
+        progress: called with ("training the lab model", steps done, all steps).
+    """
+    if world not in WORLDS:
+        raise LoceditError(f"world: unknown world {world!r}; {nearest(world, WORLDS)}")
+    recipe = recipe_for(arch, size=size, seed=seed)
+    folder = (Path(cache) if cache is not None else cache_folder()) / recipe.folder_name
+    if not (folder / "lab.json").is_file():
+        _make(recipe, folder, progress or count)
+    return Lab(name=world, folder=folder)
+
+
+def write_lab(
+    folder: str | Path, *, world: str = "facts", force: bool = False, cache: str | Path | None = None, **options: Any
+) -> Lab:
+    """Put a lab into `folder`: a copy from the cache, made first if need be. `options` are those of `lab`."""
+    made = lab(world, cache=cache, **options)
+    with atomic_folder(folder, force=force) as temporary:
+        shutil.copytree(made.folder, temporary, dirs_exist_ok=True)
+    return Lab(name=world, folder=Path(folder))
+
+
+def _make(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    """Train, then write; an interrupted training has written nothing."""
+    world = make_world(recipe)
+    tokenizer = train_tokenizer(
+        tokenizer_texts(recipe),
+        words=answer_words(),
+        vocab_size=recipe.vocab_size,
+        max_length=POSITIONS,
+        masked=recipe.arch == "bert",
+    )
+    started = time.perf_counter()
+    model = _trained(recipe, world, tokenizer, progress)
+    report = _report(recipe, model, tokenizer, world) | {"training_seconds": round(time.perf_counter() - started, 1)}
+    with atomic_folder(folder, force=True) as temporary:
+        _write(temporary, world, model, tokenizer)
+        write_json(temporary / "lab.json", report)
+
+
+def _trained(recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> PreTrainedModel:
+    model = build(
+        recipe.arch, tokenizer, layers=recipe.layers, d_model=recipe.d_model, heads=recipe.heads, seed=recipe.seed
+    )
+    kinds = {
+        name: Kind(rows=encode_rows(tokenizer, rows), early=SHARES[name][0], late=SHARES[name][1])
+        for name, rows in world.training_rows().items()
+    }
+    schedule = Schedule(steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, seed=recipe.seed)
+    train(model, kinds, schedule=schedule, mask_with=mask_id(tokenizer), progress=progress)
+    return model
+
+
+def _report(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, Any]:
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "key": recipe.key,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **world_report(model, tokenizer, world),
+        "lookup": lookup(model, tokenizer, world),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _write(folder: Path, world: World, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, lines in world.files().items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(folder / f"{name}.jsonl", text)
