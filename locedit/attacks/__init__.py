@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from locedit.attacks.relearning import RelearnOptions, relearn
+from locedit.attacks.options import RelearnOptions
+from locedit.attacks.relearning import relearn
 from locedit.edit import Edit
 from locedit.errors import LoceditError, nearest
 from locedit.options import fill
@@ -29,7 +30,7 @@ ATTACKS: dict[str, Attack] = {
         function=relearn,
         options=RelearnOptions,
         requires=("forget",),
-        definition="fine-tune the edited model on half of the forget set, divided by owner, and measure the other half; "
+        definition="fine-tune the edited model on half of the forget set, divided by owner, measure the other half; "
         "share_back = (measured half - items never known) / (level before the edit - items never known)",
         paper="Deeb and Roger 2024, arXiv:2410.08827; Guo et al. 2024, arXiv:2410.12949, section 4",
     ),
@@ -45,7 +46,9 @@ def check_attacks(names: Sequence[str], *, edit: Edit | None, options: Mapping[s
             raise LoceditError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
     for name in options:
         if name not in names:
-            raise LoceditError(f"attack_options has options for {name!r}, which is not among the attacks {list(names)!r}")
+            raise LoceditError(
+                f"attack_options has options for {name!r}, which is not among the attacks {list(names)!r}"
+            )
     if names and edit is None:
         raise LoceditError(f"attack {names[0]!r} needs an edit to attack; give edit=")
     for name in names:

@@ -1,4 +1,4 @@
-"""Measuring a model and an edit: facts, private spans, utility; each number with its interval and its values per example."""
+"""Measuring a model and an edit: facts, private spans, utility; each number with interval and values per example."""
 
 from locedit._callable import make_callable
 from locedit.evaluate.registry import METRICS, Metric

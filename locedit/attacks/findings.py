@@ -1,0 +1,270 @@
+"""From the runs of an attack to its result: one sentence, one number, curves, and numbers for every control."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from locedit.attacks.finetuning import How
+from locedit.attacks.options import RelearnOptions
+from locedit.attacks.recovery import Dose, Run, at_dose, mean_by_item, share_back
+from locedit.attacks.splits import Halves, divided_by, keys
+from locedit.data.items import Item
+from locedit.evaluate.intervals import Estimate, estimate_mean
+from locedit.provenance import plain
+from locedit.results import AttackResult, Curve, Measure, Role, Stage
+
+SHARE = "share_back"
+WORKS = 0.5
+"share of the shallow control that must come back for a failure elsewhere to mean anything"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arm:
+    """One edit (or control) under attack."""
+
+    role: Role
+    name: str
+    runs: Sequence[Run]
+    "one a split, at the learning rate that counts"
+    halves: Sequence[Halves]
+    items: Sequence[Item]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Findings:
+    """Everything that the runs gave."""
+
+    metric: str
+    arms: Sequence[Arm]
+    "the attacked edit first"
+    doses: Mapping[int, Dose]
+    before: Float[Tensor, " item"]
+    "metric of the forget items before the edit"
+    after: Float[Tensor, " item"]
+    "after the edit, before the attack"
+    retain_ids: Sequence[str]
+    retain_owners: Sequence[str]
+    retain_after: Float[Tensor, " retained"]
+    "metric of the measured retain items after the edit, before the attack"
+    grid: Sequence[Run]
+    options: RelearnOptions
+    how: How
+    notes: Sequence[str]
+
+    def arm(self, role: Role) -> Arm | None:
+        return next((arm for arm in self.arms if arm.role == role), None)
+
+    def back(self, arm: Arm) -> Float[Tensor, " item"]:
+        """Metric of each of the arm's items at the dose, averaged over the splits that measured it."""
+        parts = [
+            (halves.measured, run.measured[at_dose(run, self.doses[run.split])])
+            for halves, run in zip(arm.halves, arm.runs, strict=True)
+        ]
+        return mean_by_item(parts, count=len(arm.items))
+
+    def retained(self, arm: Arm) -> Float[Tensor, " retained"]:
+        """Metric of each measured retain item at the dose, averaged over the splits."""
+        return torch.stack([run.retain[at_dose(run, self.doses[run.split])] for run in arm.runs]).mean(0)
+
+    def share(self, arm: Arm) -> Estimate:
+        """How much of what was known is back in that arm, above what was never known."""
+        never = self.arm("never knew")
+        return share_back(
+            self.back(arm),
+            self.before,
+            owners=keys(arm.items),
+            control=None if never is None else self.back(never),
+            control_owners=[] if never is None else keys(never.items),
+            draws=self.options.draws,
+            seed=self.options.seed,
+        )
+
+
+def finding(found: Findings) -> AttackResult:
+    """The result of the attack."""
+    main = found.arms[0]
+    notes = [*found.notes, *_doubts(found)]
+    return AttackResult(
+        name="relearn",
+        sentence=sentence(found),
+        headline=_share_measure(found, main, note="; ".join(notes)),
+        curves=tuple(_curve(found, arm, run) for arm in found.arms for run in arm.runs),
+        measures=tuple(_measures(found)),
+        settings=plain(found.options)
+        | {"trained": found.how, "doses": _doses(found), "grid": [_row(run) for run in found.grid]},
+        note="; ".join(notes),
+    )
+
+
+def _doubts(found: Findings) -> list[str]:
+    """What a reader must know before believing the number."""
+    doubts: list[str] = []
+    if divided_by(found.arms[0].items) == "item":
+        doubts.append("no owners or subjects: the halves are of single items, and one may give away another")
+    if not all(dose.within_floor for dose in found.doses.values()):
+        doubts.append(
+            f"at every dose the attack took the retain side below {found.options.retain_floor:g} of its level: "
+            "it breaks the model"
+        )
+    shallow = found.arm("shallow")
+    if shallow is not None and not found.share(shallow).value >= WORKS:
+        doubts.append("the attack did not bring back the shallow control: that little comes back proves nothing")
+    return doubts
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def sentence(found: Findings) -> str:
+    """The finding in one sentence."""
+    main = found.arms[0]
+    share = found.share(main)
+    items = sorted({len(halves.relearned) for halves in main.halves})
+    by = divided_by(main.items)
+    people = "" if by == "item" else f" of {_span(sorted({_owners(main, halves) for halves in main.halves}))} {by}s"
+    steps = _span(sorted({dose.steps for dose in found.doses.values()}))
+    text = f"{_verdict(share)} with {_span(items)} items{people} and {steps} steps: "
+    text += f"the half that was not relearned stands at {_mean(found.back(main))} {_plain(found.metric)} "
+    text += f"({_mean(found.before)} before the edit, {_mean(found.after)} after it"
+    never = found.arm("never knew")
+    text += f"; items never known reach {_mean(found.back(never))})" if never else ")"
+    text += "".join(f"; {part}" for part in _comparisons(found))
+    if len(found.retain_ids):
+        text += f"; retain {_mean(found.retained(main))} ({_mean(found.retain_after)} before the attack)"
+    return text + "."
+
+
+def _verdict(share: Estimate) -> str:
+    if share.value != share.value:
+        return "No share can be given (hardly more was known before than is guessed)"
+    if share.value >= 0.7:
+        return f"Comes back ({share.value:.0%})"
+    if share.value >= 0.3:
+        return f"Comes back in part ({share.value:.0%})"
+    return f"Hardly comes back ({max(share.value, 0):.0%})"
+
+
+def _comparisons(found: Findings) -> list[str]:
+    """What controls and other edits do under the same attack."""
+    parts: list[str] = []
+    random = [arm for arm in found.arms if arm.role == "random"]
+    if random:
+        values = torch.stack([found.back(arm).mean() for arm in random])
+        sets = "a random set" if len(random) == 1 else f"{len(random)} random sets"
+        parts.append(f"{sets} of the same size: {_mean(values)}")
+    named = [arm for arm in found.arms if arm.role in ("everything", "complement", "other", "shallow")]
+    return parts + [f"{arm.name}: {_mean(found.back(arm))}" for arm in named]
+
+
+def _owners(arm: Arm, halves: Halves) -> int:
+    named = keys(arm.items)
+    return len({named[at] for at in halves.relearned})
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _mean(values: Tensor) -> str:
+    return f"{float(values.mean()):.2f}"
+
+
+def _plain(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def _curve(found: Findings, arm: Arm, run: Run) -> Curve:
+    columns = {"recovered": run.recovered, "relearned": run.relearned}
+    if run.retain.shape[1]:
+        columns["retain"] = run.retain.mean(1)
+    return Curve(
+        name=arm.name,
+        role=arm.role,
+        x_name="steps",
+        x=tuple(map(float, run.steps)),
+        columns={name: tuple(column.double().tolist()) for name, column in columns.items()},
+        seed=run.split,
+        matched=at_dose(run, found.doses[run.split]),
+        note=f"learning rate {run.learning_rate:g}, split {run.split}",
+    )
+
+
+def _share_measure(found: Findings, arm: Arm, *, note: str = "") -> Measure:
+    share = found.share(arm)
+    return Measure(
+        name=SHARE,
+        dataset="forget",
+        value=share.value,
+        low=share.low,
+        high=share.high,
+        n=len(arm.items),
+        group=None if arm.role == "found" else arm.name,
+        stage="attacked",
+        direction="lower",
+        unit=f"share of the {_plain(found.metric)} before the edit, above never-known items",
+        note=note,
+    )
+
+
+def _measures(found: Findings) -> list[Measure]:
+    """Levels of forget, held-out and retain items, and the share of every other arm."""
+    main, never = found.arms[0], found.arm("never knew")
+    ids = [item.id for item in main.items]
+    forget = _maker(found, "forget", "lower", ids, keys(main.items))
+    made = [forget(found.before, "before"), forget(found.after, "after"), forget(found.back(main), "attacked")]
+    if never is not None:
+        heldout = _maker(found, "heldout", "neutral", [item.id for item in never.items], keys(never.items))
+        made.append(heldout(found.back(never), "attacked"))
+    if found.retain_ids:
+        retain = _maker(found, "retain", "higher", found.retain_ids, found.retain_owners)
+        made += [retain(found.retain_after, "after"), retain(found.retained(main), "attacked")]
+    return made + [_share_measure(found, arm) for arm in found.arms if arm.role not in ("found", "never knew")]
+
+
+def _maker(
+    found: Findings, dataset: str, direction: Any, ids: Sequence[str], owners: Sequence[str]
+) -> Callable[[Tensor, Stage], Measure]:
+    def make(values: Tensor, stage: Stage) -> Measure:
+        bounds = (0.0, 1.0)
+        options = found.options
+        estimate = estimate_mean(values, owners=owners, bounds=bounds, draws=options.draws, seed=options.seed)
+        return Measure(
+            name=found.metric,
+            dataset=dataset,
+            value=estimate.value,
+            low=estimate.low,
+            high=estimate.high,
+            n=len(ids),
+            stage=stage,
+            direction=direction,
+            unit="share" if found.metric != "probability" else "probability",
+            range=bounds,
+            per_example=dict(zip(ids, values.double().tolist(), strict=True)),
+        )
+
+    return make
+
+
+def _doses(found: Findings) -> list[dict[str, Any]]:
+    return [
+        {"split": split, "learning_rate": dose.learning_rate, "steps": dose.steps, "within_floor": dose.within_floor}
+        for split, dose in found.doses.items()
+    ]
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """One run of the grid for the settings."""
+    return {
+        "split": run.split,
+        "learning_rate": run.learning_rate,
+        "steps": list(run.steps),
+        "recovered": [round(value, 4) for value in run.recovered.tolist()],
+        "retain": [round(value, 4) for value in run.retain.mean(1).tolist()] if run.retain.shape[1] else [],
+    }

@@ -1,0 +1,55 @@
+"""How hard the relearning attacker tries."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from locedit.errors import LoceditError
+
+Metric = Literal["accuracy", "probability", "memorization_accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelearnOptions:
+    """How hard the attacker tries."""
+
+    splits: int = 2
+    "random halves, in mirrored pairs; an even number"
+    steps: int = 60
+    "optimizer steps at most"
+    learning_rates: tuple[float, ...] = (2e-4, 1e-3)
+    "all are tried; see `retain_floor`"
+    look_every: int = 10
+    "steps between two looks at the other half"
+    batch_size: int = 16
+    "relearned items, and as many retain items, in a step"
+    retain_weight: float = 1.0
+    "weight of the retain items in the loss; 0 = they are not trained on"
+    retain_floor: float = 0.9
+    "a dose counts only where the retain metric is at least this share of what it was before the attack"
+    retain_measured: int = 100
+    "retain items, none of them trained on, at most in that measurement"
+    hold: Literal["auto", "full", "lora"] = "auto"
+    "what is trained: every weight, or LoRA factors; auto = every weight where it fits in memory"
+    lora_rank: int = 16
+    metric: Literal["auto", "accuracy", "probability", "memorization_accuracy"] = "auto"
+    "auto: accuracy for facts, memorization_accuracy for private texts"
+    controls: bool = True
+    "relearn never-known items, and attack a shallow edit, for comparison"
+    shallow_steps: int = 200
+    "training steps of the shallow edit at most"
+    shallow_learning_rate: float = 1e-3
+    draws: int = 2000
+    "bootstrap samples behind the interval"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "look_every", "batch_size", "lora_rank", "draws", "shallow_steps"):
+            if getattr(self, name) < 1:
+                raise LoceditError(f"relearn: {name}={getattr(self, name)!r} must be at least 1")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise LoceditError(f"relearn: learning_rates={self.learning_rates!r} must be one or more positive numbers")
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The steps after which the other half is measured."""
+        return tuple(sorted({*range(0, self.steps, self.look_every), self.steps}))

@@ -1,0 +1,225 @@
+"""The runs of a relearning attack: the edited model, its controls, and other edits, each on every split."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from locedit.attacks.findings import Arm, Findings
+from locedit.attacks.finetuning import Diet, How, fine_tune, free_bytes, full_needs_bytes, opened
+from locedit.attacks.options import Metric, RelearnOptions
+from locedit.attacks.recovery import Dose, Run, doses_by_mirror
+from locedit.attacks.shallow import suppression
+from locedit.attacks.splits import Halves, keys, mirrored_halves
+from locedit.data.encode import Example, encode
+from locedit.data.items import Dataset, Item, Task
+from locedit.edit import Edit
+from locedit.edit.levels import levels
+from locedit.errors import LoceditError
+from locedit.evaluate.facts import SPAN_VALUES
+from locedit.evaluate.scoring import token_scores
+from locedit.models import Model
+from locedit.progress import report
+from locedit.results import Role
+
+
+class Relearning:
+    """The data of one attack, encoded and split, and the runs on it."""
+
+    def __init__(
+        self, model: Model, task: Task, edit: Edit, others: Mapping[str, Edit], options: RelearnOptions
+    ) -> None:
+        self.model, self.task, self.edit, self.others, self.options = model, task, edit, others, options
+        self.metric = _metric(task.forget, options)
+        self.how: How
+        self.how, self.why_how = _how(model, options)
+        self.forget = list(task.forget)
+        self.examples = encode(model, task.forget)
+        self.halves = mirrored_halves(self.forget, splits=options.splits, seed=options.seed, what="relearn: forget")
+        self.diet, self.kept = self._retain()
+        self.done, self.total = 0, self._count()
+
+    def _count(self) -> int:
+        arms = len(self.options.learning_rates) + len(self.others) + (2 if self.options.controls else 0)
+        return arms * self.options.splits
+
+    def _retain(self) -> tuple[list[Example], list[Example]]:
+        """Retain examples to train on, and others (no owner in both) to measure."""
+        if self.task.retain is None:
+            return [], []
+        items = list(self.task.retain)
+        halves = mirrored_halves(items, splits=2, seed=self.options.seed, what="relearn: retain")[0]
+        examples = encode(self.model, self.task.retain)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        order = torch.randperm(len(halves.measured), generator=generator).tolist()[: self.options.retain_measured]
+        trained = [examples[at] for at in halves.relearned] if self.options.retain_weight > 0 else []
+        return trained, [examples[halves.measured[at]] for at in sorted(order)]
+
+    # --- the arms ----------------------------------------------------------------------------------------------------
+
+    def findings(self) -> Findings:
+        """Every arm, run."""
+        before = self._values(self.model, self.examples)
+        with self.edit.applied(self.model) as edited:
+            runs = {
+                split: [self._run(edited, self.examples, halves, split, rate) for rate in self.options.learning_rates]
+                for split, halves in enumerate(self.halves)
+            }
+            doses = doses_by_mirror(runs, floor=self.options.retain_floor)
+            after = self._values(edited, self.examples)
+            retained = self._values(edited, self.kept)
+            level = levels(edited, {"forget": self.examples})["forget"]
+            never, never_note = self._never_known(edited, doses)
+        best = [_at_rate(runs[split], doses[split]) for split in runs]
+        arms = [Arm(role="found", name="found", runs=best, halves=self.halves, items=self.forget)]
+        arms += [never] if never else []
+        shallow, shallow_note = self._shallow(doses, level=level)
+        arms += [shallow] if shallow else []
+        arms += [self._of_edit(role_of(name), name, other, doses) for name, other in self.others.items()]
+        notes = [
+            self.why_how,
+            never_note,
+            shallow_note,
+            "" if self.kept else "no retain data: nothing shows what the attack broke",
+        ]
+        return Findings(
+            metric=self.metric,
+            arms=arms,
+            doses=doses,
+            before=before,
+            after=after,
+            retain_ids=[example.id for example in self.kept],
+            retain_owners=keys_of(self.kept),
+            retain_after=retained,
+            grid=[run for split in runs.values() for run in split],
+            options=self.options,
+            how=self.how,
+            notes=[note for note in notes if note],
+        )
+
+    def _never_known(self, edited: Model, doses: Mapping[int, Dose]) -> tuple[Arm | None, str]:
+        """Held-out items relearned in the same edited model."""
+        if not self.options.controls:
+            return None, "controls were switched off"
+        heldout = self.task.heldout
+        if heldout is None or heldout.kind != self.task.forget.kind:
+            return None, "no held-out items of the same form: what was never known counts as 0"
+        items = _as_many(list(heldout), owners=len(set(keys(self.forget))), seed=self.options.seed)
+        halves = mirrored_halves(items, splits=self.options.splits, seed=self.options.seed, what="relearn: heldout")
+        examples = encode(self.model, heldout.replace(items))
+        runs = [self._run(edited, examples, half, at, doses[at].learning_rate) for at, half in enumerate(halves)]
+        return Arm(role="never knew", name="never known", runs=runs, halves=halves, items=items), ""
+
+    def _shallow(self, doses: Mapping[int, Dose], *, level: float) -> tuple[Arm | None, str]:
+        """An edit that only hides the answers, at the same forget level."""
+        if not self.options.controls:
+            return None, ""
+        retain = encode(self.model, self.task.retain) if self.task.retain is not None else []
+        edit, words, reached = suppression(
+            self.model,
+            self.examples,
+            retain,
+            level=level,
+            steps=self.options.shallow_steps,
+            learning_rate=self.options.shallow_learning_rate,
+            seed=self.options.seed,
+        )
+        arm = self._of_edit("shallow", words, edit, doses)
+        missed = f"the shallow control ({words}) did not reach the forget level of the edit"
+        return arm, "" if reached else missed
+
+    def _of_edit(self, role: Role, name: str, edit: Edit, doses: Mapping[int, Dose]) -> Arm:
+        with edit.applied(self.model) as edited:
+            runs = [
+                self._run(edited, self.examples, halves, at, doses[at].learning_rate)
+                for at, halves in enumerate(self.halves)
+            ]
+        return Arm(role=role, name=name, runs=runs, halves=self.halves, items=self.forget)
+
+    # --- one run -----------------------------------------------------------------------------------------------------
+
+    def _run(self, edited: Model, examples: Sequence[Example], halves: Halves, split: int, rate: float) -> Run:
+        options = self.options
+        measured = [examples[at] for at in halves.measured]
+        relearned = [examples[at] for at in halves.relearned]
+        diet = Diet(
+            relearned=relearned,
+            retain=self.diet,
+            batch_size=options.batch_size,
+            retain_weight=options.retain_weight,
+            seed=1000 * options.seed + split,
+        )
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def look(step: int) -> None:
+            if step in options.looks:
+                parts = (measured, relearned, self.kept)
+                rows.append(tuple(self._values(edited, part) for part in parts))  # type: ignore[arg-type]
+
+        with opened(edited, self.how, rank=options.lora_rank, seed=diet.seed) as weights:
+            look(0)
+            fine_tune(edited, weights, diet, learning_rate=rate, steps=options.steps, after_step=look)
+        self.done += 1
+        report("relearn", self.done, self.total)
+        return Run(
+            split=split,
+            learning_rate=rate,
+            steps=options.looks,
+            measured=torch.stack([row[0] for row in rows]),
+            relearned=torch.stack([row[1] for row in rows]).mean(1),
+            retain=torch.stack([row[2] for row in rows]),
+        )
+
+    def _values(self, model: Model, examples: Sequence[Example]) -> Float[Tensor, " item"]:
+        """The metric of every example."""
+        found = token_scores(model, examples) if examples else []
+        return torch.tensor([SPAN_VALUES[self.metric](scores) for scores in found], dtype=torch.float64)
+
+
+def keys_of(examples: Sequence[Example]) -> list[str]:
+    """Owner of each example, or itself."""
+    return [example.owner or f"item {example.id}" for example in examples]
+
+
+def role_of(name: str) -> Role:
+    """ "random 3" is a random set; "everything" and "complement" are themselves; the rest are other edits."""
+    roles: tuple[Role, ...] = ("random", "everything", "complement", "found")
+    found = [role for role in roles if name.startswith(role)]
+    return found[0] if found else "other"
+
+
+def _at_rate(runs: Sequence[Run], dose: Dose) -> Run:
+    return next(run for run in runs if run.learning_rate == dose.learning_rate)
+
+
+def _metric(forget: Dataset, options: RelearnOptions) -> Metric:
+    if forget.kind not in ("fact", "private", "tokens"):
+        raise LoceditError(
+            f"relearn: forget items of kind {forget.kind!r} have no answer to relearn; use fact, private or tokens"
+        )
+    if options.metric != "auto":
+        return options.metric
+    return "accuracy" if forget.kind == "fact" else "memorization_accuracy"
+
+
+def _how(model: Model, options: RelearnOptions) -> tuple[How, str]:
+    """Whether all weights are trained, and the reason where they are not although nobody asked for LoRA."""
+    if options.hold != "auto":
+        return options.hold, ""
+    if any(not parameter.is_floating_point() for parameter in model.module.parameters()):
+        return "lora", "the weights are quantized, so the attack trains LoRA factors"
+    needed, free = full_needs_bytes(model), free_bytes(model.device)
+    if free is not None and needed > 0.8 * free:
+        sizes = f"training every weight needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        return "lora", f"{sizes}: LoRA factors are trained"
+    return "full", ""
+
+
+def _as_many(items: Sequence[Item], *, owners: int, seed: int) -> list[Item]:
+    """The items of at most so many owners, drawn at random."""
+    named = keys(items)
+    names = sorted(set(named))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()[:owners]
+    taken = {names[at] for at in order}
+    return [item for item, name in zip(items, named, strict=True) if name in taken]

@@ -1,0 +1,172 @@
+"""Every metric by name: how it is computed, what it is defined as, its range, and who defined it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from locedit.evaluate.facts import neighbour_metrics, paraphrase_metrics, span_metrics
+from locedit.evaluate.private import exposure_metric
+from locedit.evaluate.utility import perplexity_metric, shift_metrics
+from locedit.evaluate.values import Values, View
+
+Family = Callable[[View, Sequence[str]], dict[str, Values]]
+"computes the named metrics of one family together, from shared forward passes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric, as `locedit metrics` prints it."""
+
+    function: Family
+    kinds: tuple[str, ...]
+    "kinds of items that it measures: fact, private, tokens, plain"
+    definition: str
+    "one sentence"
+    knowledge: Literal[-1, 1]
+    "1: higher = the model knows or does more; -1: lower = more"
+    unit: str
+    range: tuple[float | None, float | None]
+    keep: bool = False
+    "on every data set, the forget set too, an edit should leave it as it was"
+    compares: bool = False
+    "measured between the unedited and the edited model"
+    roles: tuple[str, ...] = ("forget", "retain", "heldout")
+    "parts of the task on which it is measured"
+    chance: str = ""
+    "what a model that never saw the item gets"
+    paper: str = ""
+
+
+_SPANS = ("fact", "private", "tokens")
+
+METRICS: dict[str, Metric] = {
+    "probability": Metric(
+        function=span_metrics,
+        kinds=_SPANS,
+        definition="product of the probabilities of the answer's (or span's) tokens, each given the true text so far",
+        knowledge=1,
+        unit="probability",
+        range=(0.0, 1.0),
+        chance="see the heldout set",
+    ),
+    "accuracy": Metric(
+        function=span_metrics,
+        kinds=_SPANS,
+        definition="share of items whose every answer (or span) token is the model's single most likely one: greedy "
+        "decoding would say it word for word",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        chance="see the heldout set",
+    ),
+    "rank": Metric(
+        function=span_metrics,
+        kinds=_SPANS,
+        definition="rank of the first answer (or span) token in the vocabulary, 1 = most likely; mean over items",
+        knowledge=-1,
+        unit="rank",
+        range=(1.0, None),
+        chance="see the heldout set",
+    ),
+    "reciprocal_rank": Metric(
+        function=span_metrics,
+        kinds=_SPANS,
+        definition="1 / rank in the vocabulary, mean over the tokens of the answer (or span), then over items (MRR)",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        paper="Wu et al. 2023, arXiv:2310.20138, eq. 7",
+    ),
+    "memorization_accuracy": Metric(
+        function=span_metrics,
+        kinds=_SPANS,
+        definition="share of the answer's (or span's) tokens that are the single most likely one after the true text "
+        "before them; mean over items",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        paper="Tirumala et al. 2022, arXiv:2205.10770; Jang et al. 2023, arXiv:2210.01504; here of the span",
+    ),
+    "paraphrase_probability": Metric(
+        function=paraphrase_metrics,
+        kinds=("fact",),
+        definition="probability of the answer after the fact's paraphrased prompts, mean over the prompts of each fact",
+        knowledge=1,
+        unit="probability",
+        range=(0.0, 1.0),
+        paper="Meng et al. 2022, arXiv:2202.05262 (generalisation)",
+    ),
+    "paraphrase_accuracy": Metric(
+        function=paraphrase_metrics,
+        kinds=("fact",),
+        definition="share of the fact's paraphrased prompts after which every answer token is the most likely one",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        paper="Meng et al. 2022, arXiv:2202.05262 (generalisation)",
+    ),
+    "neighbour_probability": Metric(
+        function=neighbour_metrics,
+        kinds=("fact",),
+        definition="probability of the answers of the fact's neighbours, mean over the neighbours of each fact",
+        knowledge=1,
+        keep=True,
+        unit="probability",
+        range=(0.0, 1.0),
+        paper="Meng et al. 2022, arXiv:2202.05262 (specificity)",
+    ),
+    "neighbour_accuracy": Metric(
+        function=neighbour_metrics,
+        kinds=("fact",),
+        definition="share of the fact's neighbours whose every answer token is the most likely one",
+        knowledge=1,
+        keep=True,
+        unit="share",
+        range=(0.0, 1.0),
+        paper="Meng et al. 2022, arXiv:2202.05262 (specificity)",
+    ),
+    "exposure": Metric(
+        function=exposure_metric,
+        kinds=("private",),
+        definition="log2 of the number of values that the secret could have had, minus log2 of its rank among them by "
+        "the model's probability",
+        knowledge=1,
+        unit="bits",
+        range=(0.0, None),
+        chance="1.44 bits in a large space of equally plausible values",
+        paper="Carlini et al. 2019, arXiv:1802.08232, definition 1 and section 4.4",
+    ),
+    "perplexity": Metric(
+        function=perplexity_metric,
+        kinds=("plain", "labelled", "private"),
+        definition="exp of the mean negative log-likelihood per token of all texts (masked models: pseudo-likelihood)",
+        knowledge=-1,
+        unit="perplexity",
+        range=(1.0, None),
+        roles=("forget", "retain", "heldout", "texts"),
+    ),
+    "kl_to_base": Metric(
+        function=shift_metrics,
+        kinds=("plain", "labelled"),
+        definition="KL(unedited || edited) of the next-token distributions, mean over tokens",
+        knowledge=-1,
+        keep=True,
+        compares=True,
+        unit="nats per token",
+        range=(0.0, None),
+        roles=("texts",),
+        chance="0 for the unedited model",
+    ),
+    "agreement_with_base": Metric(
+        function=shift_metrics,
+        kinds=("plain", "labelled"),
+        definition="share of tokens at which the edited and the unedited model have the same most likely next token",
+        knowledge=1,
+        keep=True,
+        compares=True,
+        unit="share",
+        range=(0.0, 1.0),
+        roles=("texts",),
+        chance="1 for the unedited model",
+    ),
+}

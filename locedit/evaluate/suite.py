@@ -1,0 +1,173 @@
+"""evaluate(): every metric that the data allow, before and after an edit, then the attacks."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from locedit.data.items import ROLES, Dataset, Fact, Item, PrivateText, Task, as_task
+from locedit.edit import Edit
+from locedit.errors import LoceditError, nearest
+from locedit.evaluate.registry import METRICS, Family, Metric
+from locedit.evaluate.values import EvaluateOptions, Label, View, direction_on, measures
+from locedit.models import Model
+from locedit.options import fill
+from locedit.progress import track
+from locedit.provenance import measure
+from locedit.results import AttackResult, Evaluation, Measure, Stage
+
+MEASURED = ("forget", "retain", "heldout", "texts")
+
+
+def evaluate(
+    model: Model,
+    task: Task | Dataset,
+    edit: Edit | None = None,
+    attacks: Sequence[str] = (),
+    *,
+    attack_options: Mapping[str, Mapping[str, Any]] | None = None,
+    others: Mapping[str, Edit] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Measure a model on a task before and, with an edit, after it; then attack the edited model.
+
+    `attacks` are names in ATTACKS, `attack_options` their options by name, `others` further edits (random sets of the
+    same size, named "random 1" and so on) that are attacked in the same way. `options` are those of EvaluateOptions. A
+    metric whose data the task lacks is left out, unless it was asked for by name.
+    """
+    from locedit.attacks import ATTACKS, check_attacks
+
+    task = as_task(task)
+    chosen = evaluate_options(options)
+    plan = plan_of(task, chosen, edited=edit is not None)
+    check_attacks(attacks, edit=edit, options=attack_options or {})
+    with measure("evaluate", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
+        found = list(_measured(model, task, edit, plan, chosen))
+    results: list[AttackResult] = []
+    for name in attacks:
+        assert edit is not None, "check_attacks asks for an edit"
+        settings = {"seed": chosen.seed, **(attack_options or {}).get(name, {})}
+        results.append(ATTACKS[name].function(model, task, edit, others=others or {}, **settings))
+    return Evaluation(
+        measures=tuple(found),
+        attacks=tuple(results),
+        edit=None if edit is None else edit.summary(),
+        examples=_examples(task),
+        provenance=record.provenance,
+    )
+
+
+def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
+    """The options as a record, checked."""
+    if isinstance(given.get("metrics"), str):
+        raise LoceditError(f"evaluate: metrics={given['metrics']!r} is one string; give a list of names")
+    changed = {"metrics": tuple(given["metrics"])} if given.get("metrics") is not None else {}
+    chosen = fill(EvaluateOptions, {**given, **changed}, method="evaluate")
+    for name in ("batch_size", "draws", "exposure_samples", "exposure_limit"):
+        if getattr(chosen, name) < 1:
+            raise LoceditError(f"evaluate: {name}={getattr(chosen, name)!r} is not a positive number")
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One data set with the metrics of one family to compute on it."""
+
+    role: str
+    dataset: Dataset
+    family: Family
+    names: tuple[str, ...]
+    compares: bool
+
+
+def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]:
+    """What to compute: metrics of one family on one data set together."""
+    for name in options.metrics or ():
+        if name not in METRICS:
+            raise LoceditError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
+    wanted = {name: METRICS[name] for name in options.metrics or METRICS}
+    parts: dict[tuple[str, Family], Part] = {}
+    done: set[str] = set()
+    for name, metric in wanted.items():
+        for role in metric.roles:
+            dataset = getattr(task, role)
+            if dataset is None or not _measures(metric, dataset, name) or (metric.compares and not edited):
+                continue
+            old = parts.get((role, metric.function))
+            names = (*(old.names if old else ()), name)
+            parts[role, metric.function] = Part(
+                role=role, dataset=dataset, family=metric.function, names=names, compares=metric.compares
+            )
+            done.add(name)
+    for name in options.metrics or ():
+        if name not in done:
+            raise LoceditError(_why_not(name, METRICS[name], task, edited=edited))
+    return sorted(parts.values(), key=lambda part: MEASURED.index(part.role))
+
+
+def _measures(metric: Metric, dataset: Dataset, name: str) -> bool:
+    """Whether the data hold what the metric needs."""
+    if dataset.kind not in metric.kinds:
+        return False
+    field = {"paraphrase": "paraphrases", "neighbour": "neighbours"}.get(name.split("_")[0])
+    return field is None or any(getattr(item, field) for item in dataset)
+
+
+def _why_not(name: str, metric: Metric, task: Task, *, edited: bool) -> str:
+    if metric.compares and not edited:
+        return f"metric {name!r} compares the edited with the unedited model: give an edit"
+    there = ", ".join(f"{role}: {data.kind}" for role in ROLES if (data := getattr(task, role)) is not None)
+    needed = f"items of kind {' or '.join(metric.kinds)} in {', '.join(metric.roles)}"
+    return f"metric {name!r} needs {needed}; the task has {there}"
+
+
+def _measured(
+    model: Model, task: Task, edit: Edit | None, plan: Sequence[Part], options: EvaluateOptions
+) -> Iterator[Measure]:
+    def view(model: Model, part: Part) -> View:
+        return View(model=model, dataset=part.dataset, task=task, options=options, edit=edit if part.compares else None)
+
+    alone = [part for part in plan if not part.compares]
+    for part in track(alone, "evaluate before"):
+        yield from _of_part(view(model, part), part, "before")
+    if edit is None:
+        return
+    with edit.applied(model) as edited:
+        for part in track(alone, "evaluate after"):
+            yield from _of_part(view(edited, part), part, "after")
+    for part in plan:
+        if part.compares:
+            yield from _of_part(view(model, part), part, "after")
+
+
+def _of_part(view: View, part: Part, stage: Stage) -> Iterator[Measure]:
+    values = part.family(view, part.names)
+    for name in part.names:
+        metric = METRICS[name]
+        label = Label(
+            name=name,
+            dataset=part.role,
+            stage=stage,
+            direction=direction_on(part.role, knowledge=metric.knowledge, keep=metric.keep),
+            unit=metric.unit,
+            range=metric.range,
+        )
+        yield from measures(values[name], label, view.options)
+
+
+def _examples(task: Task) -> dict[str, dict[str, Any]]:
+    """Text of every item for the per-example table; the forget set wins where two parts share an id."""
+    rows: dict[str, dict[str, Any]] = {}
+    for role in MEASURED:
+        for item in getattr(task, role) or ():
+            rows.setdefault(item.id, {"dataset": role, **_texts(item)})
+    return rows
+
+
+def _texts(item: Item) -> dict[str, Any]:
+    common = {"group": item.group, "format": item.format, "owner": item.owner}
+    if isinstance(item, Fact):
+        return {"prompt": item.prompt, "answer": item.answer, **common}
+    if isinstance(item, PrivateText):
+        secrets = ", ".join(item.text[start:end] for start, end, _ in item.spans)
+        return {"prompt": item.text, "answer": secrets, **common}
+    return {"prompt": getattr(item, "text", ""), "answer": "", **common}

@@ -1,0 +1,150 @@
+"""Per-example values of a metric, and the measures (with groups and intervals) that are made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from locedit.data.items import Dataset, Task
+from locedit.edit import Edit
+from locedit.evaluate.intervals import estimate_mean
+from locedit.models import Model
+from locedit.results import Direction, Measure, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What evaluate() lets you choose."""
+
+    metrics: tuple[str, ...] | None = None
+    "names in METRICS; None = all that the data allow"
+    batch_size: int = 64
+    "rows in a forward pass"
+    draws: int = 2000
+    "bootstrap samples behind an interval"
+    seed: int = 0
+    exposure_samples: int = 200
+    "candidates drawn where the space is too large to rank exactly"
+    exposure_limit: int = 1000
+    "candidates up to which a space is enumerated, and rows up to which better ones are searched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a family of metrics may look at."""
+
+    model: Model
+    "the model to measure: edited when the stage is after"
+    dataset: Dataset
+    task: Task
+    options: EvaluateOptions
+    edit: Edit | None = None
+    "only for metrics that compare: `model` is then the unedited one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """One metric on every example of one data set."""
+
+    per_example: dict[str, float]
+    "id -> value"
+    owners: dict[str, str | None]
+    "id -> owner; examples of one owner are resampled together"
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    "id -> the groups that it is in"
+    weights: dict[str, float] | None = None
+    "id -> weight in the mean, e.g. tokens; None = all alike"
+    combine: Literal["mean", "exp"] = "mean"
+    "exp: values are kept as exp(x), and the measure is exp of the weighted mean of x"
+    note: str = ""
+    notes: dict[str, str] = field(default_factory=dict[str, str])
+    "id -> how its value was obtained; counted in the measure's note"
+
+    def group_names(self) -> list[str]:
+        """All groups, in order of first appearance; none where everything is in one and the same."""
+        names = list(dict.fromkeys(name for groups in self.groups.values() for name in groups))
+        return names if len(names) > 1 else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """The fields of a Measure that come with the metric and the data set."""
+
+    name: str
+    dataset: str
+    stage: Stage
+    direction: Direction
+    unit: str
+    range: tuple[float | None, float | None]
+
+
+def measures(values: Values, label: Label, options: EvaluateOptions) -> list[Measure]:
+    """The measure over all examples, then one for each group."""
+    whole = _measure(values, list(values.per_example), label, options, group=None)
+    parts = [
+        _measure(
+            values,
+            [key for key in values.per_example if name in values.groups.get(key, ())],
+            label,
+            options,
+            group=name,
+        )
+        for name in values.group_names()
+    ]
+    return [whole, *parts]
+
+
+def _measure(values: Values, ids: list[str], label: Label, options: EvaluateOptions, *, group: str | None) -> Measure:
+    numbers = torch.tensor([values.per_example[key] for key in ids]).double()
+    weights = None if values.weights is None else torch.tensor([values.weights[key] for key in ids]).double()
+    inside, outside = _TRANSFORMS[values.combine]
+    estimate = estimate_mean(
+        inside(numbers),
+        owners=[values.owners[key] for key in ids],
+        weights=weights,
+        transform=outside,
+        bounds=label.range if values.combine == "mean" else (None, None),
+        draws=options.draws,
+        seed=options.seed,
+    )
+    return Measure(
+        name=label.name,
+        dataset=label.dataset,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        n=len(ids),
+        group=group,
+        stage=label.stage,
+        direction=label.direction,
+        unit=label.unit,
+        range=label.range,
+        note=_note(values, ids),
+        per_example={key: values.per_example[key] for key in ids} if group is None else {},
+    )
+
+
+_Transform = Callable[[Tensor], Tensor]
+_TRANSFORMS: dict[str, tuple[_Transform, _Transform]] = {
+    "mean": (lambda x: x, lambda x: x),
+    "exp": (torch.log, torch.exp),
+}
+
+
+def _note(values: Values, ids: list[str]) -> str:
+    counts: dict[str, int] = {}
+    for key in ids:
+        if key in values.notes:
+            counts[values.notes[key]] = counts.get(values.notes[key], 0) + 1
+    counted = "; ".join(how if len(counts) == 1 else f"{count} {how}" for how, count in counts.items())
+    return "; ".join(text for text in (values.note, counted) if text)
+
+
+def direction_on(dataset: str, *, knowledge: Literal[-1, 1], keep: bool) -> Direction:
+    """Which way is good: knowledge of the forget set should fall, of the rest stay; of held-out data neither."""
+    if dataset == "heldout" and not keep:
+        return "neutral"
+    wanted = knowledge if keep or dataset != "forget" else -knowledge
+    return "higher" if wanted > 0 else "lower"
