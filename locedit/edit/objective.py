@@ -1,0 +1,122 @@
+"""What is trained: a loss over batches of data, and what the loss may ask of the model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locedit import losses
+from locedit.data.encode import Batch, Example, collate
+from locedit.edit.restrict import Held
+from locedit.losses import Scored
+from locedit.models import Model
+
+CACHE_BYTES = 2**28
+"""Reference logits are kept between steps up to this size."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Step:
+    """One batch of training as a loss sees it."""
+
+    number: int
+    "of the optimizer step, from 1"
+    forget: Batch
+    retain: Batch | None
+    model: Model
+    "the model as it is being edited; tracing on it sees the edit, and gradients flow"
+    generator: torch.Generator
+    "for whatever the loss draws at random"
+    held: Held
+    cache: "ReferenceCache"
+
+    def score(self, batch: Batch) -> Scored:
+        """The scored tokens of a batch under the model being edited."""
+        return losses.score(self.model, batch)
+
+    def reference(self, batch: Batch) -> Scored:
+        """The same under the unedited model: the deltas switched off, no second copy, no gradient."""
+        return self.cache.score(batch, self.unedited)
+
+    def unedited(self, batch: Batch) -> Scored:
+        """`reference` without the cache."""
+        with torch.no_grad(), self.held.paused():
+            return losses.score(self.model, batch)
+
+
+Loss = Callable[[Step], dict[str, Tensor]]
+"""A step's loss as named terms, already weighted; their sum is minimised."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Objective:
+    """A loss with the data it is trained on and the data whose levels are followed."""
+
+    loss: Loss
+    forget: Sequence[Example]
+    "given to the loss as `step.forget`, a batch at a time"
+    retain: Sequence[Example] | None = None
+    probes: Mapping[str, Sequence[Example]] = field(default_factory=dict[str, Sequence[Example]])
+    "name -> examples whose mean answer probability is followed; early stopping reads the one named forget"
+    name: str = "train"
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    "the loss's own options, for the record"
+    hash: str = ""
+    "of the data"
+
+
+class ReferenceCache:
+    """Reference logits per example, kept while they are small; the reference never changes during training."""
+
+    def __init__(self, causal: bool, limit: int = CACHE_BYTES) -> None:
+        self.causal = causal
+        self.free = limit
+        self.logits: dict[Example, Tensor] = {}
+
+    def score(self, batch: Batch, compute: Callable[[Batch], Scored]) -> Scored:
+        """From the cache when every example of the batch is there, else computed and kept if there is room."""
+        examples = batch.examples
+        if all(example in self.logits for example in examples):
+            return self._assemble(batch)
+        scored = compute(batch)
+        for number, example in enumerate(examples):
+            mine = scored.logits[scored.row == number]
+            size = mine.numel() * mine.element_size()
+            if example not in self.logits and size <= self.free:
+                self.logits[example] = mine.clone()
+                self.free -= size
+        return scored
+
+    def _assemble(self, batch: Batch) -> Scored:
+        logits = torch.cat([self.logits[example] for example in batch.examples])
+        members = torch.tensor(batch.row_members, device=batch.labels.device)
+        row = members[batch.scored.nonzero()[:, 0]]
+        labels = batch.labels[batch.scored]
+        return Scored(logits=logits, labels=labels.to(logits.device), row=row.to(logits.device), rows=batch.examples)
+
+
+class Shuffled:
+    """Endless batches of examples, every example once before any comes again, in an order drawn from the generator."""
+
+    def __init__(self, examples: Sequence[Example], size: int, generator: torch.Generator) -> None:
+        self.examples = examples
+        self.size = min(size, len(examples))
+        self.generator = generator
+        self.waiting: list[int] = []
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return self
+
+    def __next__(self) -> list[Example]:
+        if len(self.waiting) < self.size:
+            order = torch.randperm(len(self.examples), generator=self.generator).tolist()
+            late = set(self.waiting)
+            self.waiting += [i for i in order if i not in late] + [i for i in order if i in late]
+        taken, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.examples[i] for i in taken]
+
+    def batch(self, model: Model) -> Batch:
+        """The next examples as a batch on the model's device."""
+        return collate(next(self), model).to(model.device)
