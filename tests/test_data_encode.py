@@ -1,9 +1,11 @@
 """Texts to tokens: the scored stretch is exactly what was meant, or there is an error."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from locedit.data import (
     IGNORE,
@@ -89,9 +91,40 @@ def test_token_across_the_border_is_named() -> None:
         encode(model, [fact("Call Eva Frost at 5", "55-0134")])
 
 
-def test_scripts_without_spaces_are_not_words_cut_in_two() -> None:
-    [example] = encode(tokens.causal("trimmed"), [fact("法国的首都是", "巴黎")])
-    assert tokens.byte_level().decode(list(example.ids[example.targets[0] :])) == "巴黎"
+@pytest.mark.parametrize(("prompt", "answer"), [("法国的首都是", "巴黎"), ("เมืองหลวง", "ปารีส"), ("In room 7", "3")])
+def test_scripts_without_spaces_are_not_words_cut_in_two(prompt: str, answer: str) -> None:
+    [example] = encode(tokens.causal("trimmed"), [fact(prompt, answer)])
+    assert tokens.byte_level().decode(list(example.ids[example.targets[0] :])) == answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_text_is_cut_exactly_at_the_border_or_refused(family: str) -> None:
+    """Random texts with runs of spaces, line ends, digits and characters of several bytes."""
+    model = tokens.causal(family)
+    generator = random.Random(0)
+    parts = ("The", " capital", " ", "  ", "\n", " of", "55", "-", "é", "🙂", ".", "\t", " Paris", "'s", "a")
+    cut = 0
+    for _ in range(400):
+        prompt, answer = ("".join(generator.choices(parts, k=generator.randint(1, 6))) for _ in range(2))
+        try:
+            [example] = encode(model, [fact(prompt, answer)])
+        except LoceditError:
+            continue
+        border = example.targets[0]
+        known = model.tokenizer.unk_token_id not in example.ids or model.tokenizer.unk_token_id is None
+        if known and "▁" not in prompt + answer:
+            cut += 1
+            assert written(model, example.ids[border:]) == answer
+    assert cut > 30
+
+
+def written(model: tokens.Encodes, ids: tuple[int, ...]) -> str:
+    """What tokens stand for, spaces in front included, from their spelling alone."""
+    pieces = "".join(model.tokenizer.convert_ids_to_tokens(list(ids)))
+    if model.tokenizer.unk_token is not None:
+        return pieces.replace("▁", " ")
+    byte = {letter: number for number, letter in bytes_to_unicode().items()}
+    return bytes(byte[letter] for letter in pieces).decode()
 
 
 @pytest.mark.parametrize("answer", ["<|endoftext|>", "<|endoftext|><|endoftext|>"])

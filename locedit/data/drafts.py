@@ -140,7 +140,7 @@ def drafts(tokenizer: Any, item: Item, chat: Chat) -> list[Draft]:
 def _answered(tokenizer: Any, fact: Fact, chat: Chat) -> Draft:
     prompt, answer = chat.join(tokenizer, fact.prompt, fact.answer)
     border = len(prompt)
-    if prompt[-1:].isalpha() and answer[:1].isalpha() and max(prompt[-1], answer[0]) < "\u2e80":
+    if _needs_space(prompt[-1:]) and _needs_space(answer[:1]):
         raise LoceditError(
             f"item {fact.id!r}: prompt and answer meet inside a word ({prompt[-12:]!r} + {answer[:12]!r}): "
             "begin the answer with a space"
@@ -159,6 +159,12 @@ def _answered(tokenizer: Any, fact: Fact, chat: Chat) -> Draft:
         group=fact.group,
         format=fact.format,
     )
+
+
+def _needs_space(character: str) -> bool:
+    """Whether it is a letter of a script that puts spaces between words (Thai to Tibetan, Khmer, East Asia do not)."""
+    spaceless = "\u0e00" <= character < "\u10a0" or "\u1780" <= character < "\u1800" or character >= "\u2e80"
+    return character.isalpha() and not spaceless
 
 
 def differing(first: str, second: str, *, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
