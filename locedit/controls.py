@@ -1,0 +1,285 @@
+"""A localized edit beside its controls, compared at the same forget level.
+
+Every edit has one dose: how many components are zeroed (or scaled, or set to their mean), or how many steps are
+trained. The same method runs inside the found set, inside random sets with as many components in every site, on
+everything, and on the complement; each one's dose is raised until the forget level of the found edit is reached, and
+what it did to the other data is read there. A control that never reaches the level says so.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from locedit import progress
+from locedit.components import ComponentSet, Scores
+from locedit.data.encode import Example, encode
+from locedit.data.items import Dataset, Fact, Task, as_task
+from locedit.edit.edit import Edit
+from locedit.edit.levels import levels
+from locedit.edit.train import train
+from locedit.errors import LoceditError
+from locedit.models import Model
+from locedit.provenance import measure
+from locedit.results import Comparison, Curve, Role
+from locedit.unlearn import METHODS, objective, prepare, unlearn
+
+Component = tuple[str, int]
+Row = dict[str, float]
+"""Dose and levels: {"neurons": 8, "forget": 0.1, "retain": 0.9}."""
+
+
+_Control = tuple[Role, str, int | None, ComponentSet | None]
+"""(role, name, seed, where)."""
+
+
+def compare(
+    model: Model,
+    task: Task | Dataset,
+    name: str,
+    *,
+    within: ComponentSet,
+    hold: str = "weights",
+    seeds: Iterable[int] = range(3),
+    level: float | None = None,
+    scores: Scores | None = None,
+    everything: bool = True,
+    complement: bool | None = None,
+    edit: Edit | None = None,
+    **options: Any,
+) -> Comparison:
+    """Run a method inside the found set and inside its controls, each up to the same forget level.
+
+    `seeds` gives one random set each. `level` is the mean answer probability on the forget data to compare at; by
+    default what the found edit ends with. `scores` orders the components of the found set for zero, mean and scale, and
+    lets the dose go beyond it; without it the order is random. `complement` is on for zero, mean and scale, where it
+    costs one measurement. `edit`, made by the same method inside `within`, saves training it again.
+    """
+    task = as_task(task)
+    chosen = prepare(name, task, within=within, hold=hold, **options)
+    settings = options | {"hold": hold, "seeds": list(seeds)}
+    with measure(f"compare {name}", model=model, data=task, settings=settings) as measured:
+        probes = _probes(model, task)
+        if METHODS[name].trained:
+            made = _Trained(model, task, name, hold=hold, options=chosen, probes=probes)
+            curves, reached = made.curves(
+                within, seeds=seeds, level=level, everything=everything, complement=bool(complement), edit=edit
+            )
+        else:
+            ablated = _Ablated(model, task, name, hold=hold, options=options, probes=probes)
+            shown = complement if complement is not None else True
+            curves, reached = ablated.curves(
+                within, seeds=seeds, level=level, everything=everything, complement=shown, scores=scores
+            )
+    metric = "token probability" if getattr(chosen, "level", "probability") != "probability" else "answer probability"
+    return Comparison(metric=metric, level=reached, curves=tuple(curves), provenance=measured.provenance)
+
+
+def _probes(model: Model, task: Task) -> dict[str, list[Example]]:
+    """The data whose levels are followed: forget, and what is there of retain and of the forget facts' neighbours."""
+    probes = {"forget": encode(model, task.forget)}
+    if task.retain is not None:
+        probes["retain"] = encode(model, task.retain)
+    if any(isinstance(item, Fact) and item.neighbours for item in task.forget):
+        probes["neighbours"] = encode(model, task.forget.expand("neighbours"))
+    return probes
+
+
+def random_sets(within: ComponentSet, seeds: Iterable[int]) -> dict[int, ComponentSet]:
+    """Seed -> a random set with as many components in every site; a set of all components has no such control."""
+    sets = {seed: within.random_like(seed) for seed in seeds}
+    if any(other == within for other in sets.values()):
+        raise LoceditError("a random set of the same size is the set itself: it holds whole sites; compare fewer")
+    return sets
+
+
+def _curve(rows: Sequence[Row], *, role: Role, name: str, x_name: str, level: float, seed: int | None = None) -> Curve:
+    """The rows as a curve, with the first dose at or below the level marked."""
+    matched = next((at for at, row in enumerate(rows) if row["forget"] <= level), None)
+    lowest = min(row["forget"] for row in rows)
+    return Curve(
+        name=name,
+        role=role,
+        x_name=x_name,
+        x=tuple(row[x_name] for row in rows),
+        columns={key: tuple(row[key] for row in rows) for key in rows[0] if key != x_name},
+        seed=seed,
+        matched=matched,
+        note=_note(matched, lowest=lowest, role=role),
+    )
+
+
+def _note(matched: int | None, *, lowest: float, role: Role) -> str:
+    if matched is None:
+        return f"not reached: lowest forget level {lowest:.3g}"
+    return "the edit does not lower the forget level" if matched == 0 and role == "found" else ""
+
+
+# --- doses in steps --------------------------------------------------------------------------------------------------
+
+
+class _Trained:
+    """Dose = training steps; levels are those of the history."""
+
+    def __init__(
+        self, model: Model, task: Task, name: str, *, hold: str, options: Any, probes: Mapping[str, Sequence[Example]]
+    ) -> None:
+        self.model, self.task, self.name, self.hold, self.options = model, task, name, hold, options
+        self.probes = probes
+
+    def curves(
+        self,
+        within: ComponentSet,
+        *,
+        seeds: Iterable[int],
+        level: float | None,
+        everything: bool,
+        complement: bool,
+        edit: Edit | None,
+    ) -> tuple[list[Curve], float]:
+        """The found edit's curve first, then its controls', each trained until the level or the last step."""
+        found = self._rows(within, until=level if level is not None else self.options.until, edit=edit)
+        reached = level if level is not None else found[-1]["forget"]
+        controls: list[_Control] = [
+            ("random", f"random {seed}", seed, other) for seed, other in random_sets(within, seeds).items()
+        ]
+        if everything:
+            controls.append(("everything", "everything", None, None))
+        if complement:
+            controls.append(("complement", "complement", None, ~within))
+        curves = [_curve(found, role="found", name="found", x_name="steps", level=reached)]
+        for role, name, seed, where in progress.track(controls, "controls"):
+            rows = self._rows(where, until=reached)
+            curves.append(_curve(rows, role=role, name=name, x_name="steps", level=reached, seed=seed))
+        return curves, reached
+
+    def _rows(self, within: ComponentSet | None, *, until: float | None, edit: Edit | None = None) -> list[Row]:
+        if edit is None or not set(self.probes) <= set(edit.history):
+            options = dataclasses.replace(self.options, until=until)
+            goal = dataclasses.replace(objective(self.model, self.task, self.name, options=options), probes=self.probes)
+            edit = train(self.model, goal, within=within, options=options, hold=self.hold)  # type: ignore[arg-type]
+        table = edit.history
+        measured = [at for at, value in enumerate(table["forget"]) if value is not None]
+        return [{"steps": float(table["step"][at])} | {key: table[key][at] for key in self.probes} for at in measured]
+
+
+# --- doses in components ---------------------------------------------------------------------------------------------
+
+
+class _Ablated:
+    """Dose = how many components are zeroed, scaled or set to their mean, best first."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        name: str,
+        *,
+        hold: str,
+        options: Mapping[str, Any],
+        probes: Mapping[str, Sequence[Example]],
+    ) -> None:
+        self.model, self.task, self.name, self.hold, self.options = model, task, name, hold, options
+        self.probes = probes
+        self.start = levels(model, probes)
+        self.x_name = "components"
+
+    def curves(
+        self,
+        within: ComponentSet,
+        *,
+        seeds: Iterable[int],
+        level: float | None,
+        everything: bool,
+        complement: bool,
+        scores: Scores | None,
+    ) -> tuple[list[Curve], float]:
+        """The found set's curve first, then its controls'."""
+        seeds = list(seeds)
+        random_sets(within, seeds)
+        self.x_name = f"{within.units[0]}s" if len(within.units) == 1 else "components"
+        order = found_order(within, scores)
+        found = self._rows(order, size=len(within), level=level)
+        reached = level if level is not None else next(r["forget"] for r in found if r[self.x_name] == len(within))
+        curves = [_curve(found, role="found", name="found", x_name=self.x_name, level=reached)]
+        for seed in progress.track(seeds, "controls"):
+            rows = self._rows(random_order(within, order[: len(within)], seed), size=len(within), level=reached)
+            curves.append(
+                _curve(rows, role="random", name=f"random {seed}", x_name=self.x_name, level=reached, seed=seed)
+            )
+        whole = _places(within.sites, lambda site: range(within.sites[site].count))
+        inside = set(order[: len(within)])
+        outside = [place for place in whole if place not in inside]
+        extremes: list[tuple[Role, bool, list[Component]]] = [
+            ("everything", everything, whole),
+            ("complement", complement, outside),
+        ]
+        for role, wanted, places in extremes:
+            if wanted:
+                rows = [self._row([]), self._row(places)]
+                curves.append(_curve(rows, role=role, name=role, x_name=self.x_name, level=reached))
+        return curves, reached
+
+    def _rows(self, order: Sequence[Component], *, size: int, level: float | None) -> list[Row]:
+        """Levels at rising doses: up to the set's size, then on until the level is reached or nothing is left."""
+        rows = [self._row([])]
+        for dose in doses(size, len(order)):
+            if dose > size and (level is None or min(row["forget"] for row in rows) <= level):
+                break
+            rows.append(self._row(order[:dose]))
+        return rows
+
+    def _row(self, places: Sequence[Component]) -> Row:
+        if not places:
+            return {self.x_name: 0.0} | self.start
+        chosen: dict[str, list[int]] = {}
+        for site, index in places:
+            chosen.setdefault(site, []).append(index)
+        part = self.model.components(chosen)
+        edit = unlearn(self.model, self.task, self.name, within=part, hold=self.hold, **self.options)
+        with edit.applied(self.model) as edited:
+            return {self.x_name: float(len(places))} | levels(edited, self.probes)
+
+
+def doses(size: int, limit: int) -> list[int]:
+    """An eighth, a quarter, a half of `size`, `size`, and on by half as much again up to `limit`.
+
+    >>> doses(20, 70)
+    [2, 5, 10, 20, 30, 45, 67, 70]
+    """
+    parts = [size // 8, size // 4, size // 2, size]
+    while parts[-1] < limit:
+        parts.append(min(max(parts[-1] + 1, 3 * parts[-1] // 2), limit))
+    return sorted({part for part in parts if part > 0})
+
+
+def found_order(within: ComponentSet, scores: Scores | None) -> list[Component]:
+    """The set's components, best first, then the rest of the scored ones; without scores the set alone, shuffled."""
+    own = _places(within.sites, within.indices)
+    if scores is None:
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
+        return [own[at] for at in order]
+    ranked = [(site, index) for site, index, _ in scores.top(len(scores), sign="absolute")]
+    inside = set(own)
+    first = [place for place in ranked if place in inside]
+    missing = inside.difference(first)
+    return first + [place for place in own if place in missing] + [p for p in ranked if p not in inside]
+
+
+def random_order(within: ComponentSet, order: Sequence[Component], seed: int) -> list[Component]:
+    """A random component of the same site for each one of `order`, none twice; then all others of the universe."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = {
+        site: iter(torch.randperm(within.sites[site].count, generator=generator).tolist())
+        for site in dict.fromkeys(site for site, _ in order)
+    }
+    first = [(site, next(draws[site])) for site, _ in order]
+    taken = set(first)
+    rest = [p for p in _places(within.sites, lambda site: range(within.sites[site].count)) if p not in taken]
+    shuffled = torch.randperm(len(rest), generator=generator).tolist()
+    return first + [rest[at] for at in shuffled]
+
+
+def _places(sites: Iterable[str], indices: Callable[[str], Iterable[int]]) -> list[Component]:
+    return [(site, index) for site in sites for index in indices(site)]
