@@ -55,6 +55,12 @@ def test_pattern_with_prompt() -> None:
         assert example.ids == tuple(model.tokenizer("Question: where is Paris? Answer: France").input_ids)
 
 
+def test_subject_is_that_of_the_prompt_and_not_of_the_template() -> None:
+    model = tokens.causal("sentence_piece")
+    [example] = encode(model, [FACT], chat="Tell me where is what: {prompt} Answer:")
+    assert model.tokenizer.decode(list(example.ids[: example.subject.end])).endswith("what: where is")
+
+
 def test_auto_is_off_without_a_template() -> None:
     model = tokens.causal("sentence_piece")
     assert encode(model, [FACT], chat="auto") == encode(model, [FACT], chat="off") == encode(model, [FACT])

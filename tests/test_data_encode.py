@@ -229,6 +229,14 @@ def test_plain_text_is_scored_whole_but_for_what_nothing_predicts() -> None:
     assert labelled.targets == without.targets
 
 
+def test_a_masked_model_predicts_even_the_first_token() -> None:
+    """The byte-level tokenizer adds nothing in front, so only a causal model must leave position 0 out."""
+    plain = PlainText(text="The capital", id="t")
+    model = tokens.Encodes(tokens.byte_level(), causal=False)
+    assert encode(model, [plain])[0].targets[0] == 0
+    assert encode(tokens.causal("trimmed"), [plain])[0].targets[0] == 1
+
+
 def test_plain_text_of_one_token_has_nothing_to_score() -> None:
     with pytest.raises(LoceditError, match="'t'.*no token that the model can predict"):
         encode(tokens.causal("trimmed"), [PlainText(text="T", id="t")])
@@ -288,6 +296,7 @@ def test_collate_pads_and_shifts() -> None:
     short, long = sorted(batch.rows, key=lambda row: len(row.ids))
     assert batch.ids.shape == (2, len(long.ids))
     assert batch.attention_mask.sum(1).tolist() == [len(row.ids) for row in batch.rows]
+    assert (batch.ids[batch.attention_mask == 0] == 0).all()  # this tokenizer has no padding token
     predicting = batch.predicting(True)
     assert predicting.sum() == batch.scored.sum() == len(short.targets) + len(long.targets)
     for row, example in enumerate(batch.rows):
