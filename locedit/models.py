@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from locedit import loading, points, tracing
 from locedit.anatomy import Anatomy
-from locedit.components import UNITS, ComponentSet, Site, Unit, unit_of
+from locedit.components import UNITS, ComponentSet, Site, unit_of
 from locedit.errors import LoceditError, nearest
 from locedit.fingerprints import Fingerprint
 from locedit.sites import sites_of
@@ -126,7 +126,7 @@ class Model:
 
     # --- components ------------------------------------------------------------------------------------------------
 
-    def sites(self, unit: Unit) -> dict[str, Site]:
+    def sites(self, unit: str) -> dict[str, Site]:
         """All sites of a unit by name, with their slices of parameters."""
         return dict(self._sites(unit))
 
@@ -148,7 +148,7 @@ class Model:
         }
         return ComponentSet.of(universe, whole, masks=masks, fingerprint=self.fingerprint)
 
-    def everything(self, unit: Unit = "matrix") -> ComponentSet:
+    def everything(self, unit: str = "matrix") -> ComponentSet:
         """All components of a unit; every parameter of the model is in exactly one `matrix`."""
         return self.components({name: range(site.count) for name, site in self.sites(unit).items()})
 

@@ -13,8 +13,10 @@
 | blocks.i.mlp.hook_post | the neurons: input of the output projection | batch pos d_mlp |
 | hook_unembed | output of the unembedding: the logits, before any soft cap | batch pos vocab |
 
-Keys and values have n_kv_heads heads. In post-norm blocks (BERT) the output of attention and of the MLP is taken before
-the norm that follows the sum; in Gemma 2 and 3 after their own output norm: what is added.
+Keys and values have n_kv_heads heads. attn_out and mlp_out are what is added: in Gemma 2 and 3 after their own output
+norms, in BERT before the sum and its norm. A change at hook_resid_mid changes the stream itself. transformer-lens 4.3
+differs there: it changes only what the MLP reads, and in BERT it gives resid_mid for hook_attn_out, and for
+hook_resid_mid the sum before the last norm. In BERT hook_embed is after the norm of the embeddings.
 """
 
 import re
@@ -47,6 +49,8 @@ class HookPoint:
     "the last axis is split into heads of this width"
     base: nn.Module | None = None
     "the value is the output of `module` plus the input of `base` (the residual stream in the middle of a block)"
+    block: nn.Module | None = None
+    "whose input tells batch and pos, for modules that may be called with both in one axis (OPT's MLP)"
     whole: bool = False
     "for ablation: the one component is everything here"
     rest: Tensor | None = None
@@ -56,7 +60,8 @@ class HookPoint:
 def find(anatomy: Anatomy, name: str) -> HookPoint:
     """The place with a transformer-lens name; a LoceditError lists the choices or says why it is missing."""
     if name in OUTER_POINTS and anatomy.has(OUTER_POINTS[name]):
-        return HookPoint(name=name, module=anatomy.module(OUTER_POINTS[name]), side="output")
+        normed = name == "hook_embed" and anatomy.has("embed_ln")
+        return HookPoint(name=name, module=anatomy.module("embed_ln" if normed else OUTER_POINTS[name]), side="output")
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None or match[2] not in BLOCK_POINTS:
         raise LoceditError(f"no hook {name!r}; {nearest(name, names(anatomy))}")
@@ -110,21 +115,22 @@ def _added(anatomy: Anatomy, layer: int, point: str) -> HookPoint:
         module = anatomy.module(f"{block}.{matrix}")
     else:
         module = anatomy.module(f"{block}.{container}")
-    return HookPoint(name=f"{block}.{point}", module=module, side="output")
+    return HookPoint(name=f"{block}.{point}", module=module, side="output", block=anatomy.module(block))
 
 
 def _projection(anatomy: Anatomy, layer: int, point: str) -> HookPoint:
     name = f"blocks.{layer}.{point}"
+    block = anatomy.module(f"blocks.{layer}")
     d_head = anatomy.table.d_head if point.startswith("attn.") else None
     if point in ("attn.hook_z", "mlp.hook_post"):
         matrix = anatomy.matrix(layer, "attn.o" if d_head else "mlp.out")
-        return HookPoint(name=name, module=matrix.module, side="input", d_head=d_head)
+        return HookPoint(name=name, module=matrix.module, side="input", d_head=d_head, block=block)
     if point == "mlp.hook_pre_linear" and not anatomy.gated:
         raise LoceditError(f"no hook {name!r}: the MLP is not gated; take mlp.hook_pre")
     pre = "mlp.gate" if anatomy.gated else "mlp.in"
     roles = {"mlp.hook_pre": pre, "mlp.hook_pre_linear": "mlp.in"}
     matrix = anatomy.matrix(layer, roles.get(point, f"attn.{point[-1]}"))
-    return HookPoint(name=name, module=matrix.module, side="output", runs=matrix.runs, d_head=d_head)
+    return HookPoint(name=name, module=matrix.module, side="output", runs=matrix.runs, d_head=d_head, block=block)
 
 
 # --- where a component acts ------------------------------------------------------------------------------------------

@@ -7,11 +7,16 @@ hook that never fired is an error when its context ends well.
     with record(model, ["blocks.3.mlp.hook_post"]) as seen:
         model.logits(batch)
     seen["blocks.3.mlp.hook_post"]          # [batch, pos, d_mlp]
+
+Where contexts are nested, hooks on one module act in the order in which the contexts were entered: enter `record` last
+to see what the others made. What hooks do is in functions of the module, not in closures, because those would be
+compiled anew for every hook when shapes are checked.
 """
 
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,15 +44,7 @@ class _Stop(Exception):
 def record(model: "Model", names: Iterable[str]) -> Generator[dict[str, Tensor]]:
     """Fill a dictionary with the values at the named points, graph included; a second forward pass overwrites them."""
     seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Change:
-        def hook(value: Tensor) -> Tensor:
-            seen[name] = value
-            return value
-
-        return hook
-
-    with hooked(model, {name: keep(name) for name in names}):
+    with hooked(model, {name: partial(_keep, seen, name) for name in names}):
         yield seen
 
 
@@ -57,18 +54,15 @@ def replace(model: "Model", values: Mapping[str, Tensor | Change]) -> Generator[
 
     A tensor is broadcast to the shape of the value. A function must not change its argument in place.
     """
-    with hooked(model, {name: _changing(value) for name, value in values.items()}):
+    changes = {n: partial(_instead, value) if isinstance(value, Tensor) else value for n, value in values.items()}
+    with hooked(model, changes):
         yield
 
 
 @contextmanager
 def scale(model: "Model", factors: Mapping[str, float | Tensor]) -> Generator[None]:
     """Multiply the values at the named points; a tensor is broadcast against the value."""
-
-    def times(factor: float | Tensor) -> Change:
-        return lambda value: value * (factor.to(value) if isinstance(factor, Tensor) else factor)
-
-    with hooked(model, {name: times(factor) for name, factor in factors.items()}):
+    with hooked(model, {name: partial(_times, factor) for name, factor in factors.items()}):
         yield
 
 
@@ -81,33 +75,28 @@ def ablate(model: "Model", components: "ComponentSet", means: Mapping[str, Tenso
     A mean is `[count]` for neurons, `[count, d_head]` for heads, `[d_model]` for `mlp` and `attn`, `[n_out]` for a
     matrix.
     """
-    sites = {site: components.indices(site) for site in components.sites if components.indices(site)}
+    sites = {site: chosen for site in components.sites if (chosen := components.indices(site))}
     if not sites:
         raise LoceditError("the set has no component to ablate")
     fired: set[str] = set()
     with ExitStack() as stack:
         for site, chosen in sites.items():
+            mean = None if means is None else _mean(means, site)
             for point in of_site(model.anatomy, site):
-                mean = None if means is None else _mean(means, site)
-                stack.enter_context(_at_point(point, _noting(fired, site, _without(point, chosen, mean))))
+                stack.enter_context(_at_point(point, partial(_without, point, chosen, mean), fired=fired, label=site))
         yield
-    if missed := [site for site in sites if site not in fired]:
-        raise LoceditError(_never_fired(missed[0]))
+    _refuse_silent(sites, fired)
 
 
 @contextmanager
 def stop_at(model: "Model", name: str) -> Generator[None]:
     """End the forward pass at the named point, and with it the body of the context; later modules do not run."""
-
-    def stop(_: Tensor) -> Tensor:
-        raise _Stop
-
     try:
-        with hooked(model, {name: stop}):
+        with hooked(model, {name: _stop}):
             yield
-            raise LoceditError(_never_fired(name))
     except _Stop:
-        pass
+        return
+    raise LoceditError(_never_fired(name))
 
 
 @contextmanager
@@ -121,9 +110,7 @@ def rewrite_blocks(model: "Model", change: Callable[[int, dict[str, Any]], dict[
         signature = inspect.signature(block.forward)
         open_ended = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
 
-        def hook(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[()], dict[str, Any]] | None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             for name in open_ended:
                 arguments |= arguments.pop(name, {})
@@ -142,22 +129,13 @@ def rewrite_blocks(model: "Model", change: Callable[[int, dict[str, Any]], dict[
 @contextmanager
 def unembed_at(model: "Model", at: Bool[Tensor, "batch pos"]) -> Generator[None]:
     """Compute logits `[n, vocab]` only at the marked positions, in the order of the rows; soft caps still apply."""
-    fired: list[bool] = []
-
-    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        fired.append(True)
-        hidden = args[0]
-        if hidden.shape[:2] != at.shape:
-            raise LoceditError(f"positions are marked for {tuple(at.shape)}, the batch is {tuple(hidden.shape[:2])}")
-        return (hidden[at.to(hidden.device)], *args[1:])
-
-    handle = model.anatomy.module("unembed").register_forward_pre_hook(pick)
+    fired: set[str] = set()
+    handle = model.anatomy.module("unembed").register_forward_pre_hook(partial(_pick, at, fired))
     try:
         yield
     finally:
         handle.remove()
-    if not fired:
-        raise LoceditError(_never_fired("unembed"))
+    _refuse_silent(["unembed"], fired)
 
 
 @contextmanager
@@ -166,25 +144,52 @@ def hooked(model: "Model", changes: Mapping[str, Change]) -> Generator[None]:
     points = {name: model.point(name) for name in changes}
     fired: set[str] = set()
     with ExitStack() as stack:
-        for name, change in changes.items():
-            stack.enter_context(_at_point(points[name], _noting(fired, name, change)))
+        for name, point in sorted(points.items(), key=lambda item: item[1].base is not None):
+            stack.enter_context(_at_point(point, changes[name], fired=fired, label=name))
         yield
-    if missed := [name for name in points if name not in fired]:
-        raise LoceditError(_never_fired(missed[0]))
+    _refuse_silent(points, fired)
 
 
-def _noting(fired: set[str], name: str, change: Change) -> Change:
-    def noted(value: Tensor) -> Tensor:
-        fired.add(name)
-        return change(value)
-
-    return noted
+def _refuse_silent(labels: Iterable[str], fired: set[str]) -> None:
+    for label in labels:
+        if label not in fired:
+            raise LoceditError(_never_fired(label))
 
 
-def _changing(value: Tensor | Change) -> Change:
-    if not isinstance(value, Tensor):
-        return value
-    return lambda old: value.to(old).expand_as(old)
+def _never_fired(name: str) -> str:
+    return f"the hook at {name!r} never fired: no forward pass of this model reached it inside the context"
+
+
+# --- changes ---------------------------------------------------------------------------------------------------------
+
+
+def _keep(seen: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    seen[name] = value
+    return value
+
+
+def _instead(new: Tensor, value: Tensor) -> Tensor:
+    return new.to(value).expand_as(value)
+
+
+def _times(factor: float | Tensor, value: Tensor) -> Tensor:
+    return value * (factor.to(value) if isinstance(factor, Tensor) else factor)
+
+
+def _stop(_: Tensor) -> Tensor:
+    raise _Stop
+
+
+def _without(point: HookPoint, chosen: tuple[int, ...], mean: Tensor | None, value: Tensor) -> Tensor:
+    """Put the mean, or what is left without the weights, in the place of the chosen entries."""
+    axis = -1 if point.d_head is None else -2
+    index = torch.tensor(range(value.shape[-1]) if point.whole else chosen, device=value.device)
+    left = point.rest if mean is None else mean
+    if left is None:
+        return value.index_fill(axis, index, 0.0)
+    shape = list(value.shape)
+    shape[axis] = len(index)
+    return value.index_copy(axis, index, left.to(value)[index].expand(shape))
 
 
 def _mean(means: Mapping[str, Tensor], site: str) -> Tensor:
@@ -193,97 +198,84 @@ def _mean(means: Mapping[str, Tensor], site: str) -> Tensor:
     return means[site]
 
 
-def _without(point: HookPoint, chosen: tuple[int, ...], mean: Tensor | None) -> Change:
-    """Put the mean, or what is left without the weights, in the place of the chosen entries."""
-
-    def change(value: Tensor) -> Tensor:
-        axis = -1 if point.d_head is None else -2
-        whole = point.whole
-        index = torch.arange(value.shape[-1], device=value.device) if whole else torch.tensor(chosen).to(value.device)
-        left = point.rest if mean is None else mean
-        if left is None:
-            return value.index_fill(axis, index, 0.0)
-        kept = left.to(value)[index]
-        shape = list(value.shape)
-        shape[axis] = len(index)
-        return value.index_copy(axis, index, kept.expand(shape))
-
-    return change
-
-
-def _never_fired(name: str) -> str:
-    return f"the hook at {name!r} never fired: no forward pass of this model reached it inside the context"
+def _pick(at: Tensor, fired: set[str], _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leave only the marked positions of the unembedding's input: [batch, pos, d_model] -> [n, d_model]."""
+    fired.add("unembed")
+    hidden = args[0]
+    if hidden.shape[:2] != at.shape:
+        raise LoceditError(f"positions are marked for {tuple(at.shape)}, the batch is {tuple(hidden.shape[:2])}")
+    return (hidden[at.to(hidden.device)], *args[1:])
 
 
 # --- reading and writing one point -----------------------------------------------------------------------------------
 
 
 @contextmanager
-def _at_point(point: HookPoint, change: Change) -> Generator[None]:
-    """Register the hooks of one point and remove them at the end."""
+def _at_point(point: HookPoint, change: Change, *, fired: set[str], label: str) -> Generator[None]:
+    """Register the hooks of one point and remove them at the end; `label` is added to `fired` when they act."""
+    inputs: dict[str, Tensor] = {}
+    act = partial(_act, point, change, inputs, fired, label)
     with ExitStack() as stack:
-        if point.base is not None:
-            hook = _stack_residual(stack, point.base, change)
-        else:
-            hook = lambda value: _through(point, value, change)  # noqa: E731
+        if (outer := point.base or point.block) is not None:
+            keep = partial(_on_input, partial(_keep, inputs, "input"))
+            stack.callback(outer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            stack.callback(inputs.clear)
         if point.side == "input":
-            handle = point.module.register_forward_pre_hook(_pre_hook(hook), with_kwargs=True)
+            handle = point.module.register_forward_pre_hook(partial(_on_input, act), with_kwargs=True)
         else:
-            handle = point.module.register_forward_hook(_post_hook(hook))
+            handle = point.module.register_forward_hook(partial(_on_output, act))
         stack.callback(handle.remove)
         yield
 
 
-def _stack_residual(stack: ExitStack, base: nn.Module, change: Change) -> Change:
-    """A change of (input of `base` + added), made by changing what is added: the sum itself is inside the block."""
-    inputs: list[Tensor] = []
-
-    def keep(value: Tensor) -> Tensor:
-        inputs[:] = [value]
-        return value
-
-    stack.callback(base.register_forward_pre_hook(_pre_hook(keep), with_kwargs=True).remove)
-
-    def hook(added: Tensor) -> Tensor:
-        middle = inputs[0] + added
-        changed = change(middle)
-        return added if changed is middle else added + (changed - middle)
-
-    return hook
+def _act(
+    point: HookPoint, change: Change, inputs: dict[str, Tensor], fired: set[str], label: str, value: Tensor
+) -> Tensor:
+    fired.add(label)
+    if point.base is not None:
+        return _through_sum(inputs["input"], value, change)
+    return _through(point, value, change, like=inputs.get("input", value))
 
 
-def _pre_hook(change: Change) -> Any:
-    """A forward pre-hook that changes the first tensor a module is called with."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return args, kwargs | {name: change(kwargs[name])}
-
-    return hook
+def _on_input(
+    change: Change, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the first tensor a module is called with."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, kwargs | {name: change(kwargs[name])}
 
 
-def _post_hook(change: Change) -> Any:
-    """A forward hook that changes a module's output, or the first entry of a tuple of outputs."""
-
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    return hook
+def _on_output(change: Change, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    """Change a module's output, or the first entry of a tuple of outputs."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
-def _through(point: HookPoint, whole: Tensor, change: Change) -> Tensor:
-    """Take the point's part of a tensor, split it into heads, change it, and put it back out of place."""
-    rows = None
-    part = whole
-    if point.runs is not None:
-        rows = torch.tensor(point.runs.indices(), device=whole.device)
-        part = whole.index_select(-1, rows)
+def _through_sum(base: Tensor, added: Tensor, change: Change) -> Tensor:
+    """Change base + added, a sum made inside a block, by changing what is added.
+
+    Gradients reach the sum only through the changed value. The rounding of the detour is taken out, so that a change
+    that returns its argument leaves every bit as it was.
+    """
+    middle = base + added
+    rounding = (added - (middle - base)).detach()
+    return change(middle) - base + rounding
+
+
+def _through(point: HookPoint, whole: Tensor, change: Change, *, like: Tensor) -> Tensor:
+    """Take the point's part of a tensor, split it into heads, change it, and put it back out of place.
+
+    A tensor with batch and pos in one axis gets the two of `like`.
+    """
+    if whole.ndim == 2 and like.ndim == 3:
+        apart = _through(point, whole.unflatten(0, like.shape[:2]), change, like=like)
+        return apart.flatten(0, 1)
+    rows = None if point.runs is None else torch.tensor(point.runs.indices(), device=whole.device)
+    part = whole if rows is None else whole.index_select(-1, rows)
     value = part if point.d_head is None else part.unflatten(-1, (-1, point.d_head))
     changed = change(value)
     if changed.shape != value.shape:
         raise LoceditError(f"{point.name} has shape {tuple(value.shape)}, its replacement {tuple(changed.shape)}")
-    flat = changed if point.d_head is None else changed.flatten(-2)
-    flat = flat.to(whole.dtype)
+    flat = (changed if point.d_head is None else changed.flatten(-2)).to(whole.dtype)
     return flat if rows is None else whole.index_copy(-1, rows, flat)
