@@ -41,7 +41,10 @@ class Report:
 
 
 def report(*results: Any) -> Report:
-    """A report of results (Scores, ComponentSet, Edit, Evaluation, Comparison), run folders or RunResults; several runs are compared."""
+    """A report of Scores, ComponentSet, Edit, Evaluation and Comparison objects, of run folders, or of RunResults.
+
+    Loose objects make one run; several runs are compared on one page.
+    """
     return Report(runs=tuple(gather(results)))
 
 
@@ -57,7 +60,7 @@ def fragment(result: Any) -> str:
         return _paragraph(captions.comparison(result))
     if isinstance(result, AttackResult):
         table = tables.attack_measures(result)
-        return _paragraph(captions.attack(result)) + (_table(table) if table else "")
+        return _paragraph(result.sentence) + _paragraph(captions.attack(result)) + (_table(table) if table else "")
     return _paragraph(str(result))
 
 

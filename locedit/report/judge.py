@@ -1,0 +1,189 @@
+"""What the numbers allow one to say: the thresholds behind the words of a report, in one place."""
+
+from dataclasses import dataclass
+from math import isfinite
+from statistics import fmean
+from typing import Literal
+
+from locedit.report.lines import main_column, retain_column
+from locedit.report.numbers import Spread, interval, spread
+from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure, Role
+
+PRIMARY = ("probability", "accuracy", "exposure", "memorization_accuracy", "extraction_likelihood", "perplexity")
+"metrics by which a run is summed up, first one present; else the first metric of the forget set"
+
+GONE = 0.9
+"at least this share of the way to the floor: gone from direct questions"
+BACK = 0.5
+"at least this share of the way from the never-knew control to the model before the edit: suppressed; less: partly"
+SHARE = "share_back"
+"the headline of attacks that count from the never-knew control: 0 = like never-known items, 1 = all is back"
+ROUNDING = 0.02
+"tolerance, since attacks choose their dose on other items than those they report"
+ATTACK_BROKE = 0.9
+"an attack that leaves less than this share of the retained accuracy it started with has damaged the model"
+
+Forgetting = Literal["unchanged", "worse", "partly", "gone", "unknown"]
+Recovery = Literal[
+    "unmeasured", "broken", "no control", "back", "partly back", "no power", "below never knew", "too wide",
+    "like never knew",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One metric of one data set before and after the edit."""
+
+    before: Measure
+    after: Measure
+
+    @property
+    def overlap(self) -> bool:
+        return interval(self.before).overlaps(interval(self.after))
+
+
+def primary(evaluation: Evaluation, dataset: str, *, name: str | None = None) -> Pair | None:
+    """The metric that sums up a data set, before and after; None when no metric has both."""
+    whole = [m for m in evaluation.measures if m.dataset == dataset and m.group is None]
+    before = {m.name: m for m in whole if m.stage == "before"}
+    after = {m.name: m for m in whole if m.stage == "after"}
+    both = [n for n in before if n in after]
+    wanted = [name] if name else [*PRIMARY, *both]
+    found = next((n for n in wanted if n in both), None)
+    return None if found is None else Pair(before=before[found], after=after[found])
+
+
+def floor(evaluation: Evaluation, pair: Pair) -> float | None:
+    """Where forgetting ends: the metric on held-out items that the model never knew, else the end of its range."""
+    for stage in ("before", "after"):
+        for m in evaluation.measures:
+            if (m.dataset, m.name, m.group, m.stage) == ("heldout", pair.before.name, None, stage):
+                return m.value
+    return pair.before.range[1 if pair.before.direction == "higher" else 0]
+
+
+def forgetting(pair: Pair, end: float | None) -> Forgetting:
+    """How far the forget set went towards `end`, the floor.
+
+    "unchanged" when the intervals overlap, "worse" when it moved away, "gone" when it went at least 0.9 of the way,
+    "partly" when less; "unknown" when there is no floor to measure by or a number is missing.
+    """
+    if not (isfinite(pair.before.value) and isfinite(pair.after.value)):
+        return "unknown"
+    if pair.overlap:
+        return "unchanged"
+    if end is None or pair.before.value == end:
+        return "unknown"
+    share = (pair.before.value - pair.after.value) / (pair.before.value - end)
+    if share < 0:
+        return "worse"
+    return "gone" if share >= GONE else "partly"
+
+
+def damaged(pair: Pair) -> bool:
+    """Whether the retained side got worse by more than its intervals allow."""
+    drop = pair.before.value - pair.after.value
+    return not pair.overlap and (drop > 0 if pair.before.direction != "lower" else drop < 0)
+
+
+# --- controls ------------------------------------------------------------------------------------------------------
+
+
+def same_dose(comparison: Comparison, role: Role) -> tuple[Curve, int, Spread] | None:
+    """What the curves of `role` leave of the forget set at the dose where the found curve is matched.
+
+    Returns the found curve, the index of that dose and the spread; None when the level was not reached or no curve of
+    that role has the dose.
+    """
+    found = next((c for c in comparison.curves if c.role == "found" and c.matched is not None), None)
+    if found is None or found.matched is None:
+        return None
+    taken = found.x[found.matched]
+    values = [
+        c.columns["forget"][c.x.index(taken)]
+        for c in comparison.curves
+        if c.role == role and c.x_name == found.x_name and taken in c.x and "forget" in c.columns
+    ]
+    return (found, found.matched, spread(values)) if values else None
+
+
+def dose_index(curve: Curve) -> int:
+    """The look that counts: the attack's own dose where it names one, else the last."""
+    return -1 if curve.matched is None else curve.matched
+
+
+def at_end(result: AttackResult, role: Role) -> Spread | None:
+    """What the attack reaches for a role, on the scale of its curves' main column, averaged over splits and seeds."""
+    reached = [c.columns[main_column(c)][dose_index(c)] for c in result.curves if c.role == role]
+    return spread(reached) if reached else None
+
+
+def attack_retain(result: AttackResult) -> tuple[float, float] | None:
+    """The retain column of the found curves before the attack and at its dose, averaged; None where not measured."""
+    pairs = [
+        (c.columns[name][0], c.columns[name][dose_index(c)])
+        for c in result.curves
+        if c.role == "found" and (name := retain_column(c))
+    ]
+    return (fmean(start for start, _ in pairs), fmean(end for _, end in pairs)) if pairs else None
+
+
+def never_knew(result: AttackResult) -> Spread | None:
+    """The never-knew control on the scale of the headline; None where it was not run.
+
+    A share brought back counts from the control already, so the control is 0. Otherwise it is the attack's number of
+    the same name on the held-out items, else the control's curves.
+    """
+    if result.headline.name == SHARE:
+        return Spread(value=0.0, low=0.0, high=0.0) if at_end(result, "never knew") else None
+    for m in result.measures:
+        if (
+            m.name == result.headline.name
+            and m.stage == "attacked"
+            and (m.dataset == "heldout" or m.group == "never knew")
+        ):
+            return interval(m)
+    return at_end(result, "never knew")
+
+
+def recovery(result: AttackResult, before: float | None) -> Recovery:
+    """What an attack shows. `before` is the forget set's value before the edit, on the scale of the headline.
+
+    A headline "share_back" (0 = like never-known items, 1 = all is back) needs no `before`. In this order:
+
+    - "unmeasured": the headline is not a finite number
+    - "broken": the attack keeps clearly less of the retain set (below 0.9, less 0.02) than it started with
+    - "no control": nothing says what a model that never knew would reach
+    - "back": above the control's interval, and at least half of the way from the control to `before`
+    - "partly back": above the control's interval, but less than half of the way, or `before` is unknown
+    - "no power": not above the control, but the shallow control stayed too (below half, or within the control's range)
+    - "below never knew": below the control's interval
+    - "too wide": overlaps the control's interval, and does not exclude half of the way either
+    - "like never knew": overlaps the control's interval
+    """
+    if not isfinite(result.headline.value):
+        return "unmeasured"
+    retained, control = attack_retain(result), never_knew(result)
+    if retained and retained[1] < (ATTACK_BROKE - ROUNDING) * retained[0]:
+        return "broken"
+    if control is None:
+        return "no control"
+    whole = 1.0 if result.headline.name == SHARE else before
+    half = None if whole is None else control.value + BACK * (whole - control.value)
+    reached = interval(result.headline)
+    if reached.low > control.high:
+        return "back" if half is not None and half > control.value and reached.value >= half else "partly back"
+    if _shallow_stays(result):
+        return "no power"
+    if reached.high < control.low:
+        return "below never knew"
+    return "too wide" if half is not None and reached.high >= half > control.high else "like never knew"
+
+
+def _shallow_stays(result: AttackResult) -> bool:
+    """Whether the positive control was run and did not come back."""
+    shares = [m for m in result.measures if m.name == SHARE and m.group and "shallow" in m.group]
+    if result.headline.name == SHARE and shares:
+        return shares[0].value < BACK
+    shallow, never = at_end(result, "shallow"), at_end(result, "never knew")
+    return shallow is not None and never is not None and shallow.low <= never.high

@@ -1,0 +1,247 @@
+"""The sentences of a report.
+
+Every one follows from numbers in the result objects; the thresholds are in `locedit.report.judge`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from locedit.components import ComponentSet
+from locedit.report import judge
+from locedit.report.inputs import RunResults
+from locedit.report.judge import Forgetting, Pair, Recovery
+from locedit.report.numbers import PLURALS, dose, number, over_seeds, parameters, percent, size, spread, with_interval
+from locedit.results import AttackResult, Comparison, Evaluation
+from locedit.scores import Scores
+
+VERBS = {"zero": "Zeroing", "mean": "Mean ablation of", "scale": "Scaling"}
+"edits that act on the components directly; all others are unlearning methods that train inside them"
+
+Tone = Literal["good", "mixed", "bad", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the run shows, in a few words and in full."""
+
+    label: str
+    tone: Tone
+    sentences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def verdict(run: RunResults) -> Verdict:
+    """What the edit did to the forget and retain sets, what controls do, and what attacks bring back.
+
+    The label says, in this order:
+
+    - "Not forgotten": the forget set did not move beyond its intervals, or away from the floor (held-out items that the
+      model never knew, else the end of the metric's range)
+    - "Partly forgotten": less than 0.9 of the way to the floor
+    - "Suppressed, not removed": an attack brings back at least half of it, counted from the never-knew control
+    - "Partly removed": an attack brings back less than half, but more than the control
+    - "Not brought back by the attacks tried": every attack that decides anything ends like the control
+
+    It never says "removed": attacks that were not tried may still bring it back.
+    """
+    evaluation = run.evaluation
+    pair = judge.primary(evaluation, "forget") if evaluation else None
+    if evaluation is None or pair is None:
+        return Verdict(label="Not evaluated", tone="none", sentences=(_unevaluated(run),))
+    state = judge.forgetting(pair, judge.floor(evaluation, pair))
+    retain = judge.primary(evaluation, "retain", name=pair.before.name) or judge.primary(evaluation, "retain")
+    sentences = [_effect(run, pair, retain, state=state)]
+    outcomes: list[tuple[AttackResult, Recovery]] = [(a, outcome(a, evaluation)) for a in evaluation.attacks]
+    sentences += [attack_sentence(a, shown) for a, shown in outcomes]
+    if not outcomes:
+        sentences.append("No attack was run, so whether it can be brought back is not known.")
+    label, tone = _label(state, [shown for _, shown in outcomes])
+    if retain and judge.damaged(retain):
+        label, tone = f"{label}; retain set harmed", "mixed" if tone == "good" else tone
+    return Verdict(label=label, tone=tone, sentences=tuple(sentences))
+
+
+def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
+    """What an attack shows, beside the same metric of the forget set before the edit where the evaluation has it."""
+    pair = judge.primary(evaluation, "forget", name=result.headline.name)
+    return judge.recovery(result, pair.before.value if pair else None)
+
+
+def _label(state: Forgetting, outcomes: list[Recovery]) -> tuple[str, Tone]:
+    if state in ("unchanged", "worse"):
+        return "Not forgotten", "bad"
+    if state == "partly":
+        return "Partly forgotten", "bad"
+    if "back" in outcomes:
+        return "Suppressed, not removed", "bad"
+    if "partly back" in outcomes:
+        return "Partly removed", "mixed"
+    if any(o in ("like never knew", "below never knew") for o in outcomes):
+        return "Not brought back by the attacks tried", "good"
+    word = "Changed" if state == "unknown" else "Forgotten on direct questions"
+    return (f"{word}; the attacks decide nothing" if outcomes else f"{word}; not attacked"), "mixed"
+
+
+def _unevaluated(run: RunResults) -> str:
+    chosen = f"{size(run.components)} were chosen. " if run.components is not None else ""
+    return f"{chosen}There is no evaluation before and after an edit, so nothing is said about its effect."
+
+
+def _effect(run: RunResults, pair: Pair, retain: Pair | None, *, state: Forgetting) -> str:
+    what = pair.before.unit or pair.before.name
+    moved = f"from {with_interval(pair.before)} to {with_interval(pair.after)} ({what}, n = {pair.after.n:,})"
+    if state == "unchanged":
+        text = f"{action(run)} does not move the forget set beyond its interval: {moved}"
+    else:
+        text = f"{action(run)} takes the forget set {moved}"
+    if retain:
+        text += f"; {_retained(retain, pair)}"
+    if run.comparison and (control := _random_clause(run.comparison)):
+        text += f"; {control}"
+    return text + "."
+
+
+def _retained(retain: Pair, pair: Pair) -> str:
+    what = "" if retain.before.name == pair.before.name else f" ({retain.before.unit or retain.before.name})"
+    if retain.overlap:
+        before, after = with_interval(retain.before), with_interval(retain.after)
+        return f"the retain set keeps its level{what}, {before} before and {after} after"
+    moved = "falls" if retain.after.value < retain.before.value else "rises"
+    return f"the retain set {moved}{what} from {with_interval(retain.before)} to {with_interval(retain.after)}"
+
+
+def _random_clause(comparison: Comparison) -> str | None:
+    """What random sets of the same size do: leave at the same dose, or keep where they reach the level as well."""
+    random = [c for c in comparison.curves if c.role == "random"]
+    reached = [c for c in random if c.matched is not None]
+    if not random:
+        return None
+    if reached:
+        kept = [row["retain"] for row in comparison.at_level("random") if row and "retain" in row]
+        own = [row["retain"] for row in comparison.at_level("found") if row and "retain" in row]
+        beside = (
+            f" with retain at {over_seeds(spread(kept))}, the found set {over_seeds(spread(own))}"
+            if kept and own
+            else ""
+        )
+        level = f"the level {number(comparison.level)} ({comparison.metric})"
+        return f"{len(reached)} of {len(random)} random sets of the same size reach {level} too{beside}"
+    if found := judge.same_dose(comparison, "random"):
+        curve, index, left = found
+        return f"random sets of the same size leave {over_seeds(left)} at the same dose ({dose(curve, index)})"
+    return f"none of {len(random)} random sets of the same size reaches the level {number(comparison.level)}"
+
+
+def action(run: RunResults) -> str:
+    """As in "Zeroing 50 of 1,920 neurons" or "Unlearning with npo inside 50 of 1,920 neurons"."""
+    method = str((run.edit or {}).get("method") or (run.edit or {}).get("name") or "")
+    where = size(run.components) if run.components is not None else ""
+    if method in VERBS:
+        return f"{VERBS[method]} {where or 'the chosen components'}"
+    inside = f" inside {where}" if where else ""
+    return f"Unlearning with {method}{inside}" if method else f"The edit{inside}"
+
+
+def attack_sentence(result: AttackResult, outcome: Recovery) -> str:
+    """The attack's own sentence, its one number with the interval, and what that allows one to say."""
+    name = result.name[0].upper() + result.name[1:].replace("_", " ")
+    brings = (
+        "brings back a share of"
+        if result.headline.name == judge.SHARE
+        else f"ends at {result.headline.name.replace('_', ' ')}"
+    )
+    return f"{result.sentence} {name} {brings} {with_interval(result.headline)}; {MEANINGS[outcome]}."
+
+
+MEANINGS: dict[Recovery, str] = {
+    "back": "the knowledge is suppressed, not removed",
+    "partly back": "more than a model that never knew, so a part of it is still there",
+    "like never knew": "not distinguishable from a model that never knew at this attack",
+    "below never knew": "below a model that never knew at this attack",
+    "no control": "without a never-knew control this may be remembering or learning anew",
+    "broken": "the attack itself damaged the model, so it says little about what is left",
+    "too wide": "not distinguishable from a model that never knew at this attack, nor from half of it being back",
+    "unmeasured": "the attack gave no number",
+    "no power": "the attack does not bring back a shallow edit either, so it shows nothing",
+}
+
+
+# --- what was done -------------------------------------------------------------------------------------------------
+
+
+def done(run: RunResults) -> list[str]:
+    """The steps of a run, one sentence each, in order."""
+    lines = [_scored(s) for s in run.scores]
+    if run.components is not None:
+        lines.append(chosen(run.components))
+    if run.edit:
+        lines.append(f"{action(run)}{_held(run.edit)}.")
+    if run.comparison:
+        lines.append(_compared(run.comparison))
+    if run.evaluation:
+        lines.append(_evaluated(run))
+        lines += [_attacked(a) for a in run.evaluation.attacks]
+    return lines
+
+
+def _scored(scores: Scores) -> str:
+    record = scores.provenance
+    method = record.method if record else "An unnamed method"
+    units = ", ".join(dict.fromkeys(PLURALS[scores.sites[name].unit] for name in scores.values))
+    model = f" of {record.model_name}" if record and record.model_name else ""
+    over = f" over {len(scores.examples):,} examples" if scores.examples else ""
+    return f"{method} scored {len(scores):,} {units}{model}{over}."
+
+
+def chosen(components: ComponentSet) -> str:
+    """How many components, by which rule, holding which share of the parameters."""
+    settings = components.provenance.settings if components.provenance else {}
+    select = settings.get("select", settings)
+    rule = ", ".join(f"{key} = {value}" for key, value in dict(select).items() if value is not None)
+    held = parameters(components)
+    share = f"; they hold {held[0]:,} of {held[1]:,} parameters ({percent(held[0], held[1])})" if held else ""
+    return f"{size(components)} were chosen{f' ({rule})' if rule else ''}{share}."
+
+
+def _held(edit: dict[str, Any]) -> str:
+    hold = edit.get("hold") or edit.get("kind")
+    return f", held as {hold}" if hold else ""
+
+
+def _compared(comparison: Comparison) -> str:
+    roles = [c.role for c in comparison.curves]
+    parts = [
+        f"{roles.count(role)} {word}" if role == "random" else word
+        for role, word in (
+            ("found", "the found components"),
+            ("random", "random sets of the same size"),
+            ("everything", "everything"),
+            ("complement", "all but the found components"),
+        )
+        if role in roles
+    ]
+    return (
+        f"Compared at {comparison.metric} of at most {number(comparison.level)} on the forget set: {', '.join(parts)}."
+    )
+
+
+def _evaluated(run: RunResults) -> str:
+    assert run.evaluation is not None
+    sizes: dict[str, int] = {}
+    for m in run.evaluation.measures:
+        sizes[m.dataset] = max(sizes.get(m.dataset, 0), m.n)
+    return (
+        f"Evaluated on {', '.join(f'{name} (n = {n:,})' for name, n in sizes.items())}; intervals are 95 % bootstrap."
+    )
+
+
+def _attacked(result: AttackResult) -> str:
+    used = ", ".join(
+        f"{key} = {value}" for key, value in result.settings.items() if isinstance(value, str | int | float | bool)
+    )
+    return f"Attacked by {result.name}{f' ({used})' if used else ''}."
