@@ -67,13 +67,15 @@ def scale(model: "Model", factors: Mapping[str, float | Tensor]) -> Generator[No
 
 
 @contextmanager
-def ablate(model: "Model", components: "ComponentSet", means: Mapping[str, Tensor] | None = None) -> Generator[None]:
+def ablate(
+    model: "Model", components: "ComponentSet", means: Mapping[str, Tensor] | None = None, *, strict: bool = True
+) -> Generator[None]:
     """Take components out by hook: to zero, or to the means given by site name.
 
     Zeroing equals zeroing the write slices of the weights: a neuron's or head's activation, the output of an MLP's or
     attention's output projection (both for `layer`), of a matrix, the unbiased output of a row, the input of a column.
     A mean is `[count]` for neurons, `[count, d_head]` for heads, `[d_model]` for `mlp` and `attn`, `[n_out]` for a
-    matrix.
+    matrix. With `strict` off, a context in which no forward pass runs is no error.
     """
     sites = {site: chosen for site in components.sites if (chosen := components.indices(site))}
     if not sites:
@@ -85,7 +87,8 @@ def ablate(model: "Model", components: "ComponentSet", means: Mapping[str, Tenso
             for point in of_site(model.anatomy, site):
                 stack.enter_context(_at_point(point, partial(_without, point, chosen, mean), fired=fired, label=site))
         yield
-    _refuse_silent(sites, fired)
+    if strict or fired:
+        _refuse_silent(sites, fired)
 
 
 @contextmanager
@@ -110,7 +113,7 @@ def rewrite_blocks(model: "Model", change: Callable[[int, dict[str, Any]], dict[
         signature = inspect.signature(block.forward)
         open_ended = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             for name in open_ended:
                 arguments |= arguments.pop(name, {})
@@ -127,6 +130,19 @@ def rewrite_blocks(model: "Model", change: Callable[[int, dict[str, Any]], dict[
 
 
 @contextmanager
+def through_linear(hooks: Iterable[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]]) -> Generator[None]:
+    """Send the output of each linear map through a function of (input, output)."""
+
+    def passing(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        return lambda _, args, output: change(args[0], output)
+
+    with ExitStack() as stack:
+        for module, change in hooks:
+            stack.callback(module.register_forward_hook(passing(change)).remove)
+        yield
+
+
+@contextmanager
 def unembed_at(model: "Model", at: Bool[Tensor, "batch pos"]) -> Generator[None]:
     """Compute logits `[n, vocab]` only at the marked positions, in the order of the rows; soft caps still apply."""
     fired: set[str] = set()
@@ -139,15 +155,19 @@ def unembed_at(model: "Model", at: Bool[Tensor, "batch pos"]) -> Generator[None]
 
 
 @contextmanager
-def hooked(model: "Model", changes: Mapping[str, Change]) -> Generator[None]:
-    """Send the value at each named point through a function; what it returns goes on."""
+def hooked(model: "Model", changes: Mapping[str, Change], *, strict: bool = True) -> Generator[None]:
+    """Send the value at each named point through a function; what it returns goes on.
+
+    With `strict` off, a context in which no forward pass runs is no error.
+    """
     points = {name: model.point(name) for name in changes}
     fired: set[str] = set()
     with ExitStack() as stack:
         for name, point in sorted(points.items(), key=lambda item: item[1].base is not None):
             stack.enter_context(_at_point(point, changes[name], fired=fired, label=name))
         yield
-    _refuse_silent(points, fired)
+    if strict or fired:
+        _refuse_silent(points, fired)
 
 
 def _refuse_silent(labels: Iterable[str], fired: set[str]) -> None:
