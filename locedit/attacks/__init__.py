@@ -31,7 +31,7 @@ ATTACKS: dict[str, Attack] = {
         options=RelearnOptions,
         requires=("forget",),
         definition="fine-tune the edited model on half of the forget set, divided by owner, measure the other half; "
-        "share_back = (measured half - items never known) / (level before the edit - items never known)",
+        "share_back = (that half - items never known) / (that half before the edit - items never known)",
         paper="Deeb and Roger 2024, arXiv:2410.08827; Guo et al. 2024, arXiv:2410.12949, section 4",
     ),
 }

@@ -1,6 +1,6 @@
 """From the runs of an attack to its result: one sentence, one number, curves, and numbers for every control."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from locedit.attacks.splits import Halves, divided_by, keys
 from locedit.data.items import Item
 from locedit.evaluate.intervals import Estimate, estimate_mean
 from locedit.provenance import plain
-from locedit.results import AttackResult, Curve, Measure, Role, Stage
+from locedit.results import AttackResult, Curve, Direction, Measure, Role, Stage
 
 SHARE = "share_back"
 WORKS = 0.5
@@ -86,12 +86,11 @@ class Findings:
 
 def finding(found: Findings) -> AttackResult:
     """The result of the attack."""
-    main = found.arms[0]
     notes = [*found.notes, *_doubts(found)]
     return AttackResult(
         name="relearn",
         sentence=sentence(found),
-        headline=_share_measure(found, main, note="; ".join(notes)),
+        headline=_headline(found, note="; ".join(notes)),
         curves=tuple(_curve(found, arm, run) for arm in found.arms for run in arm.runs),
         measures=tuple(_measures(found)),
         settings=plain(found.options)
@@ -196,7 +195,7 @@ def _curve(found: Findings, arm: Arm, run: Run) -> Curve:
     )
 
 
-def _share_measure(found: Findings, arm: Arm, *, note: str = "") -> Measure:
+def _share_measure(found: Findings, arm: Arm) -> Measure:
     share = found.share(arm)
     return Measure(
         name=SHARE,
@@ -208,48 +207,69 @@ def _share_measure(found: Findings, arm: Arm, *, note: str = "") -> Measure:
         group=None if arm.role == "found" else arm.name,
         stage="attacked",
         direction="lower",
-        unit=f"share of the {_plain(found.metric)} before the edit, above never-known items",
-        note=note,
+        unit="share of the level before the edit, above never-known items",
     )
 
 
+def _level(
+    found: Findings,
+    values: Tensor,
+    items: Sequence[tuple[str, str]],
+    *,
+    dataset: str,
+    stage: Stage,
+    group: str | None = None,
+    note: str = "",
+) -> Measure:
+    """The metric over items, each given as (id, owner)."""
+    directions: dict[str, Direction] = {"forget": "lower", "retain": "higher"}
+    options, bounds = found.options, (0.0, 1.0)
+    owners = [owner for _, owner in items]
+    estimate = estimate_mean(values, owners=owners, bounds=bounds, draws=options.draws, seed=options.seed)
+    return Measure(
+        name=found.metric,
+        dataset=dataset,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        n=len(items),
+        group=group,
+        stage=stage,
+        direction=directions.get(dataset, "neutral"),
+        unit="share" if found.metric != "probability" else "probability",
+        range=bounds,
+        note=note,
+        per_example=dict(zip((name for name, _ in items), values.double().tolist(), strict=True)),
+    )
+
+
+def _named(items: Sequence[Item]) -> list[tuple[str, str]]:
+    return list(zip((item.id for item in items), keys(items), strict=True))
+
+
+def _headline(found: Findings, *, note: str) -> Measure:
+    """The metric on the half that was not relearned, at the dose; over all splits."""
+    main = found.arms[0]
+    return _level(found, found.back(main), _named(main.items), dataset="forget", stage="attacked", note=note)
+
+
 def _measures(found: Findings) -> list[Measure]:
-    """Levels of forget, held-out and retain items, and the share of every other arm."""
-    main, never = found.arms[0], found.arm("never knew")
-    ids = [item.id for item in main.items]
-    forget = _maker(found, "forget", "lower", ids, keys(main.items))
-    made = [forget(found.before, "before"), forget(found.after, "after"), forget(found.back(main), "attacked")]
-    if never is not None:
-        heldout = _maker(found, "heldout", "neutral", [item.id for item in never.items], keys(never.items))
-        made.append(heldout(found.back(never), "attacked"))
+    """Levels before and after the edit and of every role, the retain side, and the share that is back in every arm."""
+    main = found.arms[0]
+    made = [
+        _level(found, found.before, _named(main.items), dataset="forget", stage="before"),
+        _level(found, found.after, _named(main.items), dataset="forget", stage="after"),
+    ]
+    for role in dict.fromkeys(arm.role for arm in found.arms[1:]):
+        arms = [arm for arm in found.arms if arm.role == role]
+        values = torch.stack([found.back(arm) for arm in arms]).mean(0)
+        dataset = "heldout" if role == "never knew" else "forget"
+        made.append(_level(found, values, _named(arms[0].items), dataset=dataset, stage="attacked", group=role))
     if found.retain_ids:
-        retain = _maker(found, "retain", "higher", found.retain_ids, found.retain_owners)
-        made += [retain(found.retain_after, "after"), retain(found.retained(main), "attacked")]
-    return made + [_share_measure(found, arm) for arm in found.arms if arm.role not in ("found", "never knew")]
-
-
-def _maker(
-    found: Findings, dataset: str, direction: Any, ids: Sequence[str], owners: Sequence[str]
-) -> Callable[[Tensor, Stage], Measure]:
-    def make(values: Tensor, stage: Stage) -> Measure:
-        bounds = (0.0, 1.0)
-        options = found.options
-        estimate = estimate_mean(values, owners=owners, bounds=bounds, draws=options.draws, seed=options.seed)
-        return Measure(
-            name=found.metric,
-            dataset=dataset,
-            value=estimate.value,
-            low=estimate.low,
-            high=estimate.high,
-            n=len(ids),
-            stage=stage,
-            direction=direction,
-            unit="share" if found.metric != "probability" else "probability",
-            range=bounds,
-            per_example=dict(zip(ids, values.double().tolist(), strict=True)),
-        )
-
-    return make
+        kept = list(zip(found.retain_ids, found.retain_owners, strict=True))
+        made.append(_level(found, found.retain_after, kept, dataset="retain", stage="after"))
+        made.append(_level(found, found.retained(main), kept, dataset="retain", stage="attacked"))
+    return made + [_share_measure(found, arm) for arm in found.arms if arm.role != "never knew"]
 
 
 def _doses(found: Findings) -> list[dict[str, Any]]:

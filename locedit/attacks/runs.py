@@ -185,8 +185,10 @@ def keys_of(examples: Sequence[Example]) -> list[str]:
 def role_of(name: str) -> Role:
     """ "random 3" is a random set; "everything" and "complement" are themselves; the rest are other edits."""
     roles: tuple[Role, ...] = ("random", "everything", "complement", "found")
-    found = [role for role in roles if name.startswith(role)]
-    return found[0] if found else "other"
+    for role in roles:
+        if name.startswith(role):
+            return role
+    return "other"
 
 
 def _at_rate(runs: Sequence[Run], dose: Dose) -> Run:

@@ -127,6 +127,7 @@ def digit_tokens(
 
     Tried with the same digit everywhere, and with a few random candidates, since a tokenizer may join some digits.
     """
+    truth = _cut(model, truth)
     choices = {space.alphabet[at] for at in space.free}
     if len(choices) != 1:
         return None

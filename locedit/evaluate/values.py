@@ -97,8 +97,9 @@ def measures(values: Values, label: Label, options: EvaluateOptions) -> list[Mea
 
 
 def _measure(values: Values, ids: list[str], label: Label, options: EvaluateOptions, *, group: str | None) -> Measure:
-    numbers = torch.tensor([values.per_example[key] for key in ids]).double()
-    weights = None if values.weights is None else torch.tensor([values.weights[key] for key in ids]).double()
+    numbers = torch.tensor([values.per_example[key] for key in ids], dtype=torch.float64)
+    given = values.weights
+    weights = None if given is None else torch.tensor([given[key] for key in ids], dtype=torch.float64)
     inside, outside = _TRANSFORMS[values.combine]
     estimate = estimate_mean(
         inside(numbers),
