@@ -1,7 +1,13 @@
-"""The rows of a staircase: what every block is called with on the way up (see `staircase`)."""
+"""The rows of a staircase: how they are put together, and what every block is called with on the way up.
 
+A *column* is one point of the paths of one target, with the layers whose paths want it: one row a layer. Columns of one
+prompt are laid side by side in a *sequence*, as long as about its prefix: longer ones waste attention among rows,
+shorter ones store the prefix too often. Sequences are the batch axis.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,51 +19,112 @@ from locedit.errors import LoceditError
 if TYPE_CHECKING:
     from locedit.localize.staircase import Staircase
 
+SHORTEST = 64
+"rows of a sequence, even if its prefix is shorter"
+LONGEST = 512
+"rows of a sequence, even if its prefix is longer"
+
+
+class Column(NamedTuple):
+    """One point of the paths of one target."""
+
+    layers: tuple[int, ...]
+    "ascending"
+    prompt: int
+    target: int
+    point: int
+    "index among the rule's points, start and check included"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """The rows of one pass, by the layer where they enter."""
+
+    prompt: Int[Tensor, " sequence"]
+    target: list[Int[Tensor, "sequence row"]]
+    alpha: list[Float[Tensor, "sequence row"]]
+    weight: list[Float[Tensor, "sequence row"]]
+    "of the gradient; 0 where only the value is wanted"
+    point: list[Int[Tensor, "sequence row"]]
+    "as in Column; -1 = padding"
+
+    def to(self, device: torch.device) -> "Rows":
+        parts = {
+            name: [part.to(device) for part in getattr(self, name)] for name in ("target", "alpha", "weight", "point")
+        }
+        return Rows(prompt=self.prompt.to(device), **parts)
+
+
+def in_sequences(columns: Sequence[Column], *, rows: int, also: Sequence[Column] = ()) -> list[list[Column]]:
+    """Columns of one prompt with the same layers, together at most `rows` rows (but at least one column).
+
+    Those in `also` join the first sequence of their prompt.
+    """
+    found: list[list[Column]] = []
+    for column in sorted(columns):
+        last = found[-1] if found else []
+        fits = last and last[0][:2] == column[:2] and (len(last) + 1) * len(column.layers) <= rows
+        if fits:
+            last.append(column)
+        else:
+            found.append([column])
+    for column in also:
+        next(sequence for sequence in found if sequence[0].prompt == column.prompt).append(column)
+    return found
+
+
+def as_rows(
+    sequences: Sequence[Sequence[Column]], *, alphas: Sequence[float], weights: Sequence[float], layers: int
+) -> Rows:
+    """One pass; sequences with fewer rows at a layer are padded there."""
+    parts: dict[str, list[Tensor]] = {"target": [], "alpha": [], "weight": [], "point": []}
+    for layer in range(layers):
+        here = [[column for column in sequence if layer in column.layers] for sequence in sequences]
+        width = max(map(len, here))
+
+        def table(values: list[list[Any]], padding: float, width: int = width) -> Tensor:
+            rows = [[*row, *[padding] * (width - len(row))] for row in values]
+            return torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
+
+        parts["target"].append(table([[c.target for c in row] for row in here], 0).long())
+        parts["point"].append(table([[c.point for c in row] for row in here], -1).long())
+        parts["alpha"].append(table([[alphas[c.point] for c in row] for row in here], 0.0))
+        parts["weight"].append(table([[weights[c.point] for c in row] for row in here], 0.0))
+    return Rows(prompt=torch.tensor([sequence[0].prompt for sequence in sequences]), **parts)
+
 
 class SharedPrefix(DynamicCache):
     """Keys and values of the prefix, put before those of the rows, and never changed."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+    def __init__(self, keys: list[Tensor], values: list[Tensor], *, prompt: Tensor) -> None:
         super().__init__()
         self.prefix_keys = keys
         "for each layer `[prompt, kv_head, prefix, d_head]`"
         self.prefix_values = values
+        self.prompt = prompt
+        "of each sequence"
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self.prefix_keys[layer_idx], self.prefix_values[layer_idx]
+        keys, values = (self._of_sequences(layers[layer_idx]) for layers in (self.prefix_keys, self.prefix_values))
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def _of_sequences(self, prefix: Tensor) -> Tensor:
+        return prefix[self.prompt.to(prefix.device)]
 
 
 class OwnPrefix(SharedPrefix):
     """The same when every row is a sequence of its own: each gets the keys before its position, right-aligned."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], *, prompt: Tensor, source: Tensor) -> None:
-        super().__init__(keys, values)
-        self.prompt = prompt
-        "of each row `[row]`"
+        super().__init__(keys, values, prompt=prompt)
         self.source = source
         "position of each row's keys `[row, prefix]`"
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys = self.prefix_keys[layer_idx][self.prompt[:, None], :, self.source].transpose(1, 2)
-        values = self.prefix_values[layer_idx][self.prompt[:, None], :, self.source].transpose(1, 2)
-        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
-    """The rows of one pass, by the layer that they enter; the same for every prompt but for the weights."""
-
-    target: list[Int[Tensor, " row"]]
-    alpha: list[Float[Tensor, " row"]]
-    weight: list[Float[Tensor, "prompt row"]]
-    "of the gradient; 0 for rows of which only the value is wanted"
-    point: list[Int[Tensor, " row"]]
-    "index of alpha among the rule's points; steps = the path's start, steps + 1 = the check"
+    def _of_sequences(self, prefix: Tensor) -> Tensor:
+        device = prefix.device
+        return prefix[self.prompt.to(device)[:, None], :, self.source.to(device)].transpose(1, 2)
 
 
 class Climb:
@@ -66,23 +133,24 @@ class Climb:
     def __init__(self, stairs: "Staircase", rows: Rows) -> None:
         self.stairs = stairs
         self.rows = rows
-        self.target = torch.cat(rows.target)  # [row]
-        self.position = stairs.positions[:, self.target]  # [prompt, row]
+        self.sequence = rows.prompt[:, None]
+        self.target = torch.cat(rows.target, dim=1)  # [sequence, row]
+        self.position = stairs.positions[self.sequence, self.target]
+        self._masks: dict[tuple[int, int], Tensor] = {}
 
     def enter(self, layer: int, arguments: dict[str, Any]) -> dict[str, Any]:
         """The rows that came up and those that enter here, with their mask, positions and prefix."""
-        stairs = self.stairs
-        prompts = len(stairs.prompt)
         coming = arguments["hidden_states"]
-        state = stairs.inputs[layer][:, self.rows.target[layer].to(coming.device)]
-        if self._before(layer):
-            state = torch.cat([coming.reshape(prompts, -1, coming.shape[-1]), state], dim=1)
-        call = {name: self._for_rows(name, value, layer, state.shape[1]) for name, value in stairs.calls[layer].items()}
-        state = state.reshape(-1, 1, state.shape[-1]) if stairs.own_mask else state
-        return call | {"hidden_states": state}
+        state = self.of_targets(self.stairs.inputs[layer], layer)
+        if any(target.shape[1] for target in self.rows.target[:layer]):
+            state = torch.cat([coming.reshape(len(state), -1, coming.shape[-1]), state], dim=1)
+        rows = state.shape[1]
+        call = {name: self._for_rows(name, value, layer, rows) for name, value in self.stairs.calls[layer].items()}
+        return call | {"hidden_states": state.reshape(-1, 1, state.shape[-1]) if self.stairs.own_mask else state}
 
-    def _before(self, layer: int) -> int:
-        return sum(len(target) for target in self.rows.target[:layer])
+    def of_targets(self, value: Tensor, layer: int) -> Tensor:
+        """Entries of `[prompt, target, ...]` for the rows that enter at the layer."""
+        return value[self.sequence.to(value.device), self.rows.target[layer].to(value.device)]
 
     def _for_rows(self, name: str, value: Any, layer: int, rows: int) -> Any:
         """One argument of a block for the first `rows` rows."""
@@ -103,38 +171,55 @@ class Climb:
 
     def _picked(self, value: Tensor, rows: int) -> Tensor:
         """The rows' entries of a tensor `[1 or prompt, pos, ...]`."""
-        prompts = len(self.stairs.prompt)
         device = value.device
-        picked = value.expand(prompts, *value.shape[1:])[
-            self.stairs.prompt.to(device), self.position[:, :rows].to(device)
-        ]
-        return picked.reshape(prompts * rows, 1, *value.shape[2:]) if self.stairs.own_mask else picked
+        whole = value.expand(len(self.stairs.positions), *value.shape[1:])
+        picked = whole[self.sequence.to(device), self.position[:, :rows].to(device)]
+        return picked.reshape(-1, 1, *value.shape[2:]) if self.stairs.own_mask else picked
 
     def _cache(self, rows: int) -> SharedPrefix:
         stairs = self.stairs
         if not stairs.own_mask:
-            return SharedPrefix(stairs.keys, stairs.values)
-        prompt = stairs.prompt.expand(-1, rows).reshape(-1)
-        return OwnPrefix(
-            stairs.keys, stairs.values, prompt=prompt, source=self._source(rows).flatten(0, 1).clamp(min=0)
-        )
+            return SharedPrefix(stairs.keys, stairs.values, prompt=self.rows.prompt)
+        prompt = self.sequence.expand(-1, rows).reshape(-1)
+        source = self._source(rows).flatten(0, 1).clamp(min=0)
+        return OwnPrefix(stairs.keys, stairs.values, prompt=prompt, source=source)
 
-    def _source(self, rows: int) -> Int[Tensor, "prompt row prefix"]:
+    def _source(self, rows: int) -> Int[Tensor, "sequence row prefix"]:
         """Right-aligned: the last key of every row stands just before its position; negative = none."""
         keys = torch.arange(self.stairs.length, device=self.position.device)
         return self.position[:, :rows, None] - self.stairs.length + keys
 
     def _mask(self, layer: int, rows: int) -> Tensor:
         """Additive: a row sees its part of the prefix, and of the rows only itself."""
-        stairs = self.stairs
-        visible = stairs.visible[layer][:, self.target[:rows]]  # [prompt, row, prefix]
+        visible = self.stairs.visible[layer]
+        key = (id(visible), rows)
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(visible, rows)
+        return self._masks[key].to(self.stairs.inputs[layer].device)
+
+    def _make_mask(self, visible: Tensor, rows: int) -> Tensor:
+        visible = visible[self.sequence, self.target[:, :rows]]  # [sequence, row, prefix]
         itself = torch.eye(rows, dtype=torch.bool, device=visible.device).expand(len(visible), -1, -1)
-        if stairs.own_mask:
+        if self.stairs.own_mask:
             source = self._source(rows)
             visible = visible.gather(2, source.clamp(min=0)) & (source >= 0)
             itself = torch.ones_like(visible[..., :1])
         seen = torch.cat([visible, itself], dim=2)
-        seen = seen.flatten(0, 1)[:, None, None] if stairs.own_mask else seen[:, None]
-        dtype = stairs.inputs[layer].dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min).to(stairs.inputs[layer].device)
+        seen = seen.flatten(0, 1)[:, None, None] if self.stairs.own_mask else seen[:, None]
+        dtype = self.stairs.inputs[0].dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def portions(sequences: Sequence[list[Column]], *, at_most: int) -> Iterator[list[list[Column]]]:
+    """Sequences for one pass each: at most `at_most` rows, padding counted, but at least one sequence."""
+    chosen: list[list[Column]] = []
+    widest = 0
+    for sequence in sequences:
+        width = sum(len(column.layers) for column in sequence)
+        if chosen and max(widest, width) * (len(chosen) + 1) > at_most:
+            yield chosen
+            chosen, widest = [], 0
+        chosen.append(sequence)
+        widest = max(widest, width)
+    if chosen:
+        yield chosen

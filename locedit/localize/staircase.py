@@ -7,15 +7,16 @@
 3. The rows of a layer enter at that layer's input, with the state the prefix pass had there, and have the layer's
    neurons replaced by alpha times their value. Rows of earlier layers are already on their way up: a staircase.
 4. Rows are laid along the sequence axis, and a mask gives each row its own part of the prefix, so the prefix is stored
-   once whatever the number of rows. The model itself is run, on one dummy token: before every block the rows take the
-   place of its arguments, and what follows the last block (final norm, unembedding, soft-capping) is the model's own.
+   a few times whatever the number of rows (see `rows`). The model itself is run, on one dummy token: before every block
+   the rows take the place of its arguments, and what follows the last block (final norm, unembedding, soft-capping) is
+   the model's own.
 
 The result is exact, not an approximation, for every causal model. Rows are divided so that memory stays within a
 budget. One row with alpha = 1 a target must give the model's own probability again; if it does not, the architecture
 does something that the staircase does not know, and it stops instead of giving wrong scores.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +36,9 @@ from locedit.localize.paths import (
     target_grid,
 )
 from locedit.localize.quadrature import Rule
-from locedit.localize.rows import Climb, Rows
+from locedit.localize.rows import LONGEST, SHORTEST, Climb, Column, Rows, as_rows, in_sequences, portions
 from locedit.models import Model
 
-MOST_ROWS = 512
-"rows in one pass for one prompt; every row has a key of its own, so attention among rows grows with their square"
 AGREEMENT = {torch.float64: 1e-4, torch.float32: 1e-2}
 """largest difference in log-probability, relative where above 1, between a row with alpha = 1 and the model; in half
 precision HALF_AGREEMENT"""
@@ -117,96 +116,85 @@ class Staircase:
 
     def integrate(self, rule: Rule, active: Bool[Tensor, "prompt target layer"]) -> PathSums:
         """The integrals of the active paths."""
-        active = active.to(self.positions.device)
         exact = torch.float64 if self.model.dtype == torch.float64 else torch.float32
-        neurons = self.neurons[0].shape[-1]
-        scores = torch.zeros(*active.shape, neurons, dtype=exact, device=active.device)
-        start = torch.zeros(active.shape, dtype=exact, device=active.device)
-        for rows in self._passes(rule, active):
-            values, gradients = self._climb(rows)
+        device = self.positions.device
+        scores = torch.zeros(*active.shape, self.neurons[0].shape[-1], dtype=exact, device=device)
+        start = torch.zeros(active.shape, dtype=exact, device=device)
+        alphas, weights, at_start, check = self._points(rule)
+        columns, checks = self._columns(active.cpu(), len(rule.alphas), at_start=at_start, check=check)
+        sequences = in_sequences(columns, rows=min(max(self.length, SHORTEST), LONGEST), also=checks)
+        for portion in portions(sequences, at_most=self._most_rows()):
+            rows = as_rows(portion, alphas=alphas, weights=weights, layers=active.shape[2]).to(device)
+            climb = Climb(self, rows)
+            values, gradients = self._climb(climb)
             for layer, (target, point) in enumerate(zip(rows.target, rows.point, strict=True)):
-                if not len(target):
-                    continue
-                scaled = self.neurons[layer][:, target].to(exact) * gradients[layer].to(exact)
-                scores[:, :, layer].index_add_(1, target, scaled.to(active.device))
-                at_start = point == rule.steps
-                start[:, target[at_start], layer] = values[layer][:, at_start].to(exact)
-                self._check(values[layer], target=target, point=point, check=rule.steps + 1)
+                scaled = climb.of_targets(self.neurons[layer], layer).to(exact) * gradients[layer].to(exact)
+                scores[:, :, layer].index_put_((climb.sequence, target), scaled.to(device), accumulate=True)
+                here = (point == at_start).nonzero(as_tuple=True)
+                start[rows.prompt[here[0]], target[here], layer] = values[layer][here].to(start)
+            self._check(rows, values[0], check=check)
         self.checked = True
-        return PathSums(scores=scores * active[..., None], start=start * active)
+        return PathSums(scores=scores, start=start)
 
-    def _passes(self, rule: Rule, active: Bool[Tensor, "prompt target layer"]) -> Iterator[Rows]:
-        """Rows in portions that fit the memory, every portion with all layers of its (target, point) pairs."""
-        alphas = [*rule.alphas.tolist(), 0.0, 1.0]
-        weights = [*rule.weights.tolist(), 0.0, 0.0]
-        layers = active.any(0)  # [target, layer]
-        chosen: list[tuple[int, int, list[int]]] = []
-        limit, count = self._most_rows(), 0
-        for target in layers.any(1).nonzero().flatten().tolist():
-            wanted = layers[target].nonzero().flatten().tolist()
-            for point in range(rule.steps + (1 if self.checked else 2)):
-                entering = [0] if point == rule.steps + 1 else wanted
-                if chosen and count + len(entering) > limit:
-                    yield self._rows(chosen, alphas=alphas, weights=weights, active=active)
-                    chosen, count = [], 0
-                chosen.append((target, point, entering))
-                count += len(entering)
-        if chosen:
-            yield self._rows(chosen, alphas=alphas, weights=weights, active=active)
+    def _points(self, rule: Rule) -> tuple[list[float], list[float], int, int]:
+        """Points and weights with the path's ends, where the rule has none, and which points these are."""
+        alphas, weights = rule.alphas.tolist(), rule.weights.tolist()
+        for end in (0.0, 1.0):
+            if end not in alphas:
+                alphas, weights = [*alphas, end], [*weights, 0.0]
+        return alphas, weights, alphas.index(0.0), alphas.index(1.0)
 
-    def _rows(
-        self, chosen: list[tuple[int, int, list[int]]], *, alphas: list[float], weights: list[float], active: Tensor
-    ) -> Rows:
-        device = active.device
-        target, point, alpha, weight = [], [], [], []
-        for layer in range(active.shape[2]):
-            here = [(t, p) for t, p, layers in chosen if layer in layers]
-            targets = torch.tensor([t for t, _ in here], dtype=torch.long, device=device)
-            target.append(targets)
-            point.append(torch.tensor([p for _, p in here], dtype=torch.long, device=device))
-            alpha.append(torch.tensor([alphas[p] for _, p in here], dtype=torch.float64, device=device))
-            step = torch.tensor([weights[p] for _, p in here], dtype=torch.float64, device=device)
-            weight.append(step * active[:, targets, layer])
-        return Rows(target=target, alpha=alpha, weight=weight, point=point)
+    def _columns(
+        self, active: Bool[Tensor, "prompt target layer"], steps: int, *, at_start: int, check: int
+    ) -> tuple[list[Column], list[Column]]:
+        """A column for every point of every target with active paths; and the checks, one a prompt, the first time."""
+        columns: list[Column] = []
+        checks: list[Column] = []
+        for prompt, target in active.any(2).nonzero().tolist():
+            layers = tuple(active[prompt, target].nonzero().flatten().tolist())
+            wanted = sorted({*range(steps), at_start})
+            columns += [Column(layers, prompt, target, point) for point in wanted]
+            if check >= steps and not self.checked and (not checks or checks[-1].prompt != prompt):
+                checks.append(Column((0,), prompt, target, check))
+        return columns, checks
 
     def _most_rows(self) -> int:
-        """How many rows of one prompt fit into the memory: what autograd keeps of a row, and its logits."""
-        model, prompts = self.model, len(self.prompt)
+        """How many rows fit into the memory: what autograd keeps of a row, its share of the prefix, and its logits."""
+        model = self.model
         size = torch.finfo(model.dtype).bits // 8
-        keys = self.length + MOST_ROWS
-        eager = attention_of(model) == "eager"
-        attention = keys * (3 * model.n_heads if eager else 2)
-        if self.own_mask:
-            attention += 2 * keys * model.n_heads * model.d_head
+        keys = self.length + min(max(self.length, SHORTEST), LONGEST)
+        attention = keys * (3 * model.n_heads if attention_of(model) == "eager" else 2)
+        copies = keys if self.own_mask else 2 * keys / min(max(self.length, SHORTEST), LONGEST)
+        attention += int(copies * 2 * model.n_heads * model.d_head)
         row = model.n_layers * size * (12 * model.d_model + 4 * model.d_mlp + attention) + 16 * model.vocab_size
-        return max(model.n_layers, min(MOST_ROWS, self.memory // (row * prompts)))
+        return max(1, self.memory // row)
 
-    def _climb(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+    def _climb(self, climb: Climb) -> tuple[list[Tensor], list[Tensor]]:
         """The objective of every row and its weighted gradient by the neurons where it entered, layer by layer."""
+        rows = climb.rows
         leaves: list[Tensor] = []
-        counts = [len(target) for target in rows.target]
-        order = torch.cat(rows.target)  # target of each row, in the order of entrance
-        climb = Climb(self, rows)
+        counts = [target.shape[1] for target in rows.target]
 
         def scaled(layer: int, value: Tensor) -> Tensor:
             if not counts[layer]:
                 return value
-            whole = value.reshape(len(self.prompt), -1, value.shape[-1])
-            neurons = self.neurons[layer][:, rows.target[layer]]
-            leaf = (rows.alpha[layer][:, None].to(neurons.device) * neurons).to(value.dtype).requires_grad_()
+            whole = value.reshape(len(rows.prompt), -1, value.shape[-1])
+            neurons = climb.of_targets(self.neurons[layer], layer)
+            leaf = (rows.alpha[layer].to(neurons.device)[..., None] * neurons).to(value.dtype).requires_grad_()
             leaves.append(leaf)
             return torch.cat([whole[:, : -counts[layer]], leaf], dim=1).reshape(value.shape)
 
         dummy = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
         with torch.inference_mode(False), torch.enable_grad(), self._hooks(climb.enter, scaled):
             logits = self.model.module(input_ids=dummy, use_cache=False).logits
-            logits = logits.reshape(len(self.prompt), len(order), -1)
-            tokens = self.tokens[:, order].to(logits.device)
+            logits = logits.reshape(*climb.target.shape, -1)
+            tokens = self.tokens[climb.sequence, climb.target].to(logits.device)
             values = objective_value(gold_log_probability(logits, tokens), self.objective)
             weights = torch.cat(rows.weight, dim=1).to(values)
             gradients = iter(torch.autograd.grad((values * weights).sum(), leaves))
-        nothing = torch.empty(0)
-        return list(values.detach().split(counts, dim=1)), [next(gradients) if n else nothing for n in counts]
+        nothing = torch.zeros(len(rows.prompt), 0, self.neurons[0].shape[-1], device=dummy.device)
+        by_layer = values.detach().to(dummy.device).split(counts, dim=1)
+        return list(by_layer), [next(gradients) if n else nothing for n in counts]
 
     @contextmanager
     def _hooks(self, enter: EnterBlock, neurons: ChangeNeurons) -> Generator[None]:
@@ -219,13 +207,11 @@ class Staircase:
         with weights, tracing.rewrite_blocks(self.model, enter), tracing.replace(self.model, names):
             yield
 
-    def _check(self, values: Tensor, *, target: Tensor, point: Tensor, check: int) -> None:
-        """A row with alpha = 1 is the model as it is."""
-        here = point == check
-        if not bool(here.any()):
-            return
-        expected = self.reached[:, target[here]].to(values.device)
-        found = values[:, here] if self.objective == "log_probability" else values[:, here].log()
+    def _check(self, rows: Rows, values: Float[Tensor, "sequence row"], *, check: int) -> None:
+        """A row that enters at layer 0 with alpha = 1 is the model as it is."""
+        here = (rows.point[0] == check).nonzero(as_tuple=True)
+        expected = self.reached[rows.prompt[here[0]], rows.target[0][here]].to(values)
+        found = values[here] if self.objective == "log_probability" else values[here].log()
         allowed = AGREEMENT.get(self.model.dtype, HALF_AGREEMENT)
         if bool(((found - expected).abs() > allowed * expected.abs().clamp(min=1)).any()):
             raise LoceditError(
