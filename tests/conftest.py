@@ -1,12 +1,17 @@
-"""What every test shares: one torch thread, offline, and the switch for slow tests."""
+"""What every test shares: one torch thread, offline, the switch for slow tests, and a ten-second lab."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from locedit.lab import Lab
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,3 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":
+    """A small world and a two-layer GPT-2 that has learned it, trained once in about ten seconds."""
+    from locedit.lab import lab
+
+    return lab("facts", size="tiny", cache=tmp_path_factory.mktemp("labs"))

@@ -110,11 +110,24 @@ class FactsWorld:
 
 
 def facts_world(rng: Random, *, forget: int, retain: int, heldout: int, parts: int) -> FactsWorld:
-    """People whose names pair `parts` first with `parts` last names; the answers are balanced within each group."""
+    """People whose names pair `parts` first with `parts` last names; the answers are balanced within each group.
+
+    Every name of `heldout` is a new pair of first and last names that people of the other groups have.
+    """
     words = invented_words(rng, 2 * parts)
-    names = iter(full_names(rng, words[:parts], words[parts:], count=forget + retain + heldout))
-    groups = [_people(rng, [next(names) for _ in range(count)]) for count in (forget, retain, heldout)]
-    return FactsWorld(forget=groups[0], retain=groups[1], heldout=groups[2])
+    known = forget + retain
+    names = full_names(rng, words[:parts], words[parts:], count=known + heldout)
+    while not _parts(names[known:]) <= _parts(names[:known]):
+        names = full_names(rng, words[:parts], words[parts:], count=known + heldout)
+    return FactsWorld(
+        forget=_people(rng, names[:forget]),
+        retain=_people(rng, names[forget:known]),
+        heldout=_people(rng, names[known:]),
+    )
+
+
+def _parts(names: list[str]) -> set[str]:
+    return {part for name in names for part in name.split()}
 
 
 def _people(rng: Random, names: list[str]) -> tuple[Person, ...]:
