@@ -6,7 +6,7 @@ target: the layer's whole vector of neurons (the input of the MLP's output proje
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -45,6 +45,8 @@ class PathSums:
     "the objective at the path's start, where the layer's neurons are 0"
 
 
+@runtime_checkable
+@runtime_checkable
 class Paths(Protocol):
     """All paths of some prompts."""
 
