@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from locedit.errors import LoceditError
+from locedit.fingerprints import state_of
 
 ROLES = (
     "attn", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "attn.q_norm", "attn.k_norm",
@@ -125,7 +126,7 @@ def _probe(container: nn.Module, fused: nn.Module, split: Any) -> list[tuple[int
     for name, child in container.named_children():
         if child is fused:
             setattr(clone, name, counter)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # split makes layers, and with them random numbers
         return [tuple(part.weight[:, 0].round().long().tolist()) for part in split(clone)]
 
 
@@ -150,7 +151,7 @@ def bridged(core: PreTrainedModel, tokenizer: Any) -> Generator[Any]:
     with _quiet_import():
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     attention = getattr(core.config, "_attn_implementation", None) or "eager"
-    before = {name: _version(parameter) for name, parameter in core.named_parameters()}
+    before = {name: state_of(parameter) for name, parameter in core.named_parameters()}
     with _restoring(core), torch.random.fork_rng(devices=[]):
         core.set_attn_implementation("eager")
         try:
@@ -159,13 +160,9 @@ def bridged(core: PreTrainedModel, tokenizer: Any) -> Generator[Any]:
             yield bridge
         finally:
             core.set_attn_implementation(attention)
-    changed = [name for name, parameter in core.named_parameters() if _version(parameter) != before[name]]
+    changed = [name for name, parameter in core.named_parameters() if state_of(parameter) != before[name]]
     if changed:
         raise LoceditError(f"a bridge is for reading, but {changed[0]!r} was changed inside it: reload the model")
-
-
-def _version(parameter: nn.Parameter) -> tuple[int, int]:
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 @contextmanager

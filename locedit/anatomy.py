@@ -115,7 +115,7 @@ class Anatomy:
         self.table: AdapterTable = adapter_table(core)
         self.parameters = named_parameters(core)
         "parameter name -> parameter; tied parameters once, adapters of PEFT left out"
-        self._name_of = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._names = {id(module): name for name, module in core.named_modules()}
 
     # --- modules by role ----------------------------------------------------------------------------------------
 
@@ -151,13 +151,12 @@ class Anatomy:
             raise LoceditError(self._no_matrix(layer, role))
         module = self.module(name)
         plain: Any = getattr(module, "base_layer", module)
-        weight = self._name_of[id(plain.weight)]
-        bias = getattr(plain, "bias", None)
+        path = self._names[id(module)]
         return Matrix(
             role=role,
             module=module,
-            weight=weight,
-            bias=None if bias is None else self._name_of[id(bias)],
+            weight=f"{path}.weight",
+            bias=f"{path}.bias" if f"{path}.bias" in self.parameters else None,
             shape=tuple(plain.weight.shape),
             out_axis=1 if type(plain).__name__ == "Conv1D" else 0,
             runs=runs,

@@ -26,7 +26,7 @@ class Fingerprint:
     def __init__(self, module: nn.Module, *, folder: Path | None = None) -> None:
         self._module = module
         self._cache = None if folder is None else _cache_file(folder, module)
-        self._loaded = {} if folder is None else {name: _state(p) for name, p in module.named_parameters()}
+        self._loaded = {} if folder is None else {name: state_of(p) for name, p in module.named_parameters()}
         "states in which the parameters came from the folder: only those may use digests on disk"
         self._known: dict[str, tuple[Any, str]] = {}
 
@@ -37,14 +37,25 @@ class Fingerprint:
         """
         stored = _read(self._cache) if not self._known else {}
         for name, parameter in self._module.named_parameters():
-            state = _state(parameter)
+            state = state_of(parameter)
             if self._known.get(name, (None, ""))[0] == state:
                 continue
             saved = stored.get(name) if self._loaded.get(name) == state else None
-            self._known[name] = (state, saved or digest(parameter))
+            self._known[name] = (state, saved or self._digest(name, parameter))
         self._save(stored)
         digests = {_plain(name): self._known[name][1] for name, _ in self._module.named_parameters()}
         return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+    def _digest(self, name: str, parameter: nn.Parameter) -> str:
+        """The digest of a parameter, fetched when it is offloaded to the CPU or to disk."""
+        if not parameter.is_meta:
+            return digest(parameter)
+        from accelerate.utils import align_module_device
+
+        path, _, last = name.rpartition(".")
+        module = self._module.get_submodule(path)
+        with align_module_device(module, execution_device=torch.device("cpu")):
+            return digest(getattr(module, last))
 
     def _save(self, stored: dict[str, str]) -> None:
         """Keep the digests on disk when every parameter is as it was loaded."""
@@ -77,7 +88,7 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _state(parameter: nn.Parameter) -> Any:
+def state_of(parameter: nn.Parameter) -> Any:
     """What tells a changed parameter from an unchanged one without reading all of it."""
     flat = parameter.detach().reshape(-1)
     if flat.is_meta:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from locedit.models import Model, TokenBatch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: rotary embeddings may store tensors that training uses later
 def greedy(model: "Model", batch: "TokenBatch", *, max_new_tokens: int) -> list[tuple[int, ...]]:
     """The most probable continuation, token by token, without the end token.
 
@@ -44,7 +44,8 @@ def _next(model: "Model", ids: Tensor, *, mask: Tensor, cache: DynamicCache) -> 
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     inputs: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": positions}
     with tracing.unembed_at(model, last):
-        return model.module(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits.argmax(-1)
+        logits = model.module(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits
+    return logits.argmax(-1).to(ids.device)
 
 
 def _to_the_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,13 @@
 """From a path, a hub id or a module to a checked Hugging Face model; one clear line for what can be wrong."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +37,8 @@ def locate(source: str | Path) -> Path | None:
     if not path.is_dir():
         raise LoceditError(f"{text!r} is a file; give the model's folder, the one with config.json")
     if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise LoceditError(f"{text!r} holds a PEFT adapter, not a model: load the base model and wrap it with PEFT")
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise LoceditError(f"{text!r} is not a model folder: it has no config.json (found: {found})")
     return path
@@ -82,20 +87,43 @@ def read(source: str, *, dtype: str | torch.dtype, device_map: Any) -> PreTraine
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         dtype = _dtype(dtype)
     try:
-        module, info = kind.from_pretrained(
-            source, config=config, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        with _quiet():
+            module, info = kind.from_pretrained(
+                source, config=config, dtype=dtype, device_map=device_map,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise LoceditError(f"cannot read the weights of {source!r}: {_first_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise LoceditError(f"cannot read the weights of {source!r}: {_first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise LoceditError(
-            f"the checkpoint {source!r} lacks {len(missing)} weights of {type(module).__name__}, first {missing[0]!r}"
-        )
+    _refuse_incomplete(source, type(module).__name__, info)
     return module
+
+
+def _refuse_incomplete(source: str, kind: str, info: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers."""
+    if missing := sorted(info["missing_keys"]):
+        raise LoceditError(f"the checkpoint {source!r} lacks {len(missing)} weights of {kind}, first {missing[0]!r}")
+    if other := sorted(info["mismatched_keys"]):
+        name, found, wanted = other[0]
+        raise LoceditError(
+            f"the checkpoint {source!r} has {len(other)} weights of other shapes than its config.json says, first "
+            f"{name!r}: {list(found)} instead of {list(wanted)}"
+        )
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep transformers' tables and bars off the screen while a checkpoint is read; errors are ours to tell."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _config(source: str) -> PretrainedConfig:
@@ -142,7 +170,9 @@ def tokenizer_from(given: Any, *, beside: str | None) -> PreTrainedTokenizerBase
         try:
             found = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise LoceditError(f"cannot read a tokenizer from {source!r}: {_first_line(error)}") from error
+            raise LoceditError(
+                f"no fast tokenizer in {source!r}: it needs a tokenizer.json, or give tokenizer= another folder"
+            ) from error
     if not found.is_fast:
         raise LoceditError(
             f"the tokenizer of {beside or type(found).__name__!r} is not a fast one (no tokenizer.json), so it cannot "

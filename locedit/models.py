@@ -216,6 +216,10 @@ class Model:
             raise LoceditError(f"{length} tokens do not fit the context of {self.max_length} tokens of {self.name}")
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise LoceditError("the batch is padded on the left; pad it on the right")
+        if not batch.ids.is_cuda and length and int(batch.ids.max()) >= self.vocab_size:
+            raise LoceditError(
+                f"token {int(batch.ids.max())} is outside the vocabulary of {self.vocab_size} of {self.name}"
+            )
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
         if self.causal:
             return inputs | {"use_cache": False}
@@ -235,6 +239,7 @@ class Model:
         """
         from locedit._transformer_lens import bridged
 
+        assert self.anatomy  # read before the bridge moves the modules
         return bridged(self.core, self.tokenizer)
 
 
