@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ from locedit.provenance import measure
 
 log = logging.getLogger(__name__)
 
-Hold = Literal["weights", "hooks"]
-HOLDS: tuple[Hold, ...] = ("weights", "hooks")
+HOLDS = ("weights", "hooks")
 POINTS: dict[Unit, tuple[str, ...]] = {
     "neuron": ("mlp.hook_post",),
     "head": ("attn.hook_z",),
@@ -40,12 +39,12 @@ OUTPUTS: dict[Unit, str] = {"neuron": "mlp.out", "head": "attn.o"}
 """Unit -> the matrix that its components enter."""
 
 
-def zero(model: Model, within: ComponentSet, *, hold: Hold = "weights") -> Edit:
+def zero(model: Model, within: ComponentSet, *, hold: str = "weights") -> Edit:
     """The components contribute nothing."""
     return _scaled(model, within, 0.0, hold=hold, name="zero")
 
 
-def scale(model: Model, within: ComponentSet, factor: float, *, hold: Hold = "weights") -> Edit:
+def scale(model: Model, within: ComponentSet, factor: float, *, hold: str = "weights") -> Edit:
     """The components contribute `factor` times what they did; 0 zeroes, 1 changes nothing, -1 turns the sign."""
     if not math.isfinite(factor):
         raise LoceditError(f"factor={factor!r} is not a finite number")
@@ -57,8 +56,8 @@ def mean(
     within: ComponentSet,
     data: Dataset | Sequence[Example],
     *,
-    hold: Hold | None = None,
-    positions: Literal["all", "predicting"] = "all",
+    hold: str | None = None,
+    positions: str = "all",
     batch_size: int = 16,
 ) -> Edit:
     """Neurons and heads contribute their mean over the data, whatever the input.
@@ -87,7 +86,7 @@ def mean(
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _scaled(model: Model, within: ComponentSet, factor: float, *, hold: Hold, name: str) -> Edit:
+def _scaled(model: Model, within: ComponentSet, factor: float, *, hold: str, name: str) -> Edit:
     _check(model, within, hold)
     with measure(name, model=model, settings={"factor": factor, "hold": hold}) as measured:
         if hold == "hooks":

@@ -29,8 +29,7 @@ from locedit.provenance import measure, plain
 
 log = logging.getLogger(__name__)
 
-Hold = Literal["weights", "adapter"]
-HOLDS: tuple[Hold, ...] = ("weights", "adapter")
+HOLDS = ("weights", "adapter")
 Schedule = Literal["constant", "linear", "cosine"]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -113,7 +112,7 @@ def train(
     *,
     within: ComponentSet | None = None,
     options: TrainOptions | None = None,
-    hold: Hold = "weights",
+    hold: str = "weights",
 ) -> Edit:
     """Minimise the objective inside the set (None = the whole model) and return the change as an Edit.
 
@@ -141,7 +140,7 @@ class Run:
     """The state of one training: trainable tensors, optimizer, random generator, batches, history."""
 
     def __init__(
-        self, model: Model, objective: Objective, *, within: ComponentSet | None, options: TrainOptions, hold: Hold
+        self, model: Model, objective: Objective, *, within: ComponentSet | None, options: TrainOptions, hold: str
     ) -> None:
         self.model, self.objective, self.within, self.options = model, objective, within, options
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -258,7 +257,7 @@ def _hold(
     within: ComponentSet | None,
     *,
     options: TrainOptions,
-    hold: Hold,
+    hold: str,
     generator: torch.Generator,
 ) -> Deltas | Factors:
     if within is not None:

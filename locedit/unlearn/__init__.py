@@ -102,7 +102,7 @@ def unlearn(
     method = METHODS[name]
     if not method.trained:
         return method.function(model, task, within=within, hold=hold, options=chosen)
-    return train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)  # type: ignore[arg-type]
+    return train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
 
 
 def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: str = "weights", **options: Any) -> Any:
