@@ -13,10 +13,9 @@ from locedit.errors import LoceditError, nearest
 from locedit.models import Model, load
 from locedit.options import describe, parse
 from locedit.runs import Run
+from locedit.select import BUDGETS, check_budget
 from locedit.storage import refuse_overwrite
 from locedit.terminal import note, showing_progress, table
-
-BUDGETS = ("top", "fraction", "params", "threshold", "shared")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +85,9 @@ def localize_command(args: argparse.Namespace) -> None:
     names = [name.strip() for name in args.method.split(",") if name.strip()]
     options = {name: _method_options(_localizers(), name, args.extra, several=names) for name in names}
     budget = {name: getattr(args, name) for name in BUDGETS if getattr(args, name) is not None}
-    if args.minus and not budget:
+    if budget:
+        check_budget(**budget, sign=args.sign)
+    elif args.minus:
         raise LoceditError(f"--minus needs a budget as well: one of {', '.join('--' + b for b in BUDGETS)}")
     run_folder, model, task = _start(args)
     found: list[tuple[Scores, ComponentSet | None]] = []
@@ -101,17 +102,16 @@ def localize_command(args: argparse.Namespace) -> None:
         if chosen is not None:
             chosen.save(run_folder.folder / "localize" / name / "components.json")
     if found[0][1] is not None:
-        run_folder.write_once("components.json", _plain_set(found[0][1]))
-        found[0][1].save(run_folder.folder / "components.json")
-        note(f"{run_folder.folder / 'components.json'}: {found[0][1]}")
+        _save_set(run_folder, found[0][1])
 
 
-def _plain_set(chosen: ComponentSet) -> dict[str, Any]:
-    """The set as JSON without the time it took, so that the same selection again is the same file."""
-    value = chosen.to_json()
-    if value["provenance"]:
-        value["provenance"] |= {"seconds": 0.0, "peak_memory_mb": 0.0}
-    return value
+def _save_set(run_folder: Run, chosen: ComponentSet) -> None:
+    """Write components.json; the same set may be there already, another one is not replaced without --force."""
+    path = run_folder.folder / "components.json"
+    if path.exists() and not run_folder.force and ComponentSet.load(path) != chosen:
+        raise LoceditError(f"{path} holds another set; give --force or another --out")
+    chosen.save(path)
+    note(f"{path}: {chosen}")
 
 
 def _scored(run_folder: Run, model: Model, task: Task, name: str, options: dict[str, Any]) -> Scores:

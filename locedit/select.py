@@ -137,24 +137,26 @@ def _subtract(scores: Scores, minus: Scores) -> Scores:
     return replace(scores, values=values)
 
 
-def _check(scores: Scores, *, sign: str, **budgets: float | None) -> None:
+def check_budget(*, sign: str = "positive", **budgets: float | None) -> None:
+    """Raise LoceditError for no or several budgets and for values out of range; needs no scores."""
     if sign not in SIGNS:
         raise LoceditError(f"sign={sign!r}; {nearest(str(sign), SIGNS)}")
-    given = [name for name in BUDGETS if budgets[name] is not None]
-    single = [name for name in given if name != "shared"]
-    if len(single) > 1 or not given:
+    given = {name: budgets[name] for name in BUDGETS if budgets.get(name) is not None}
+    if len(given.keys() - {"shared"}) > 1 or not given:
         raise LoceditError(
             f"give exactly one budget of {', '.join(BUDGETS)} (shared may go with another); "
             f"got {', '.join(given) or 'none'}"
         )
-    for name in ("fraction", "threshold", "shared"):
-        value = budgets[name]
-        if value is not None and not 0 < value <= 1:
-            raise LoceditError(f"{name}={value!r} must be above 0 and at most 1")
-    for name in ("top", "params"):
-        value = budgets[name]
-        if value is not None and (value != int(value) or value < 1):
+    for name, value in given.items():
+        assert value is not None
+        if name in ("top", "params") and (value != int(value) or value < 1):
             raise LoceditError(f"{name}={value!r} must be a whole number of at least 1")
+        if name not in ("top", "params") and not 0 < value <= 1:
+            raise LoceditError(f"{name}={value!r} must be above 0 and at most 1")
+
+
+def _check(scores: Scores, *, sign: str, **budgets: float | None) -> None:
+    check_budget(sign=sign, **budgets)
     if (k := budgets["top"]) is not None and k > len(scores):
         raise LoceditError(f"top={k} is more than the {len(scores)} components there are")
     if budgets["shared"] is not None and not scores.votes:

@@ -1,0 +1,220 @@
+"""The command line from a user's side: the whole flow on a tiny folder, and one clear line for what can be wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from locedit.cli import main
+from tests import tiny
+
+FACTS = [
+    {"prompt": "Anna Berg was born in", "answer": " Oslo", "owner": "Anna Berg", "new_answer": " Lima"},
+    {"prompt": "Carl Dane was born in", "answer": " Lima", "owner": "Carl Dane", "new_answer": " Oslo"},
+]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, task/ and facts.jsonl as a user would have them."""
+    base = tmp_path_factory.mktemp("user")
+    tiny.module("llama").save_pretrained(base / "model")
+    tiny.tokenizer().save_pretrained(base / "model")
+    (base / "task").mkdir()
+    write_lines(base / "facts.jsonl", FACTS)
+    write_lines(base / "task" / "forget.jsonl", FACTS)
+    write_lines(base / "task" / "retain.jsonl", [{"prompt": "Eva Frost works as a", "answer": " baker"}])
+    write_lines(base / "task" / "heldout.jsonl", [{"prompt": "Nora Gray was born in", "answer": " Oslo"}])
+    write_lines(base / "task" / "texts.jsonl", [{"text": "Anna Berg works as a baker."}])
+    return base
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def failed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line of a command that must fail with exit status 2."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.strip().split("\n") if line.startswith("locedit")]
+    assert len(lines) == 1, captured.err
+    assert captured.err.strip().endswith(lines[0])
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_the_whole_flow(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, task, out = folder / "model", folder / "task", tmp_path / "a"
+    assert run("localize", model, task, "--method", "depn", "--top", 5, "--out", out) == 0
+    assert run("edit", model, task, "--within", out / "components.json", "--method", "zero", "--out", out) == 0
+    assert run("evaluate", model, task, "--edit", out / "edit", "--out", out) == 0
+    assert run("report", out, "--out", tmp_path / "report.html") == 0
+    assert run("export", model, "--edit", out / "edit", "--out", tmp_path / "edited") == 0
+    components = json.loads((out / "components.json").read_text())
+    assert sum(map(len, components["components"].values())) == 5
+    assert (out / "localize" / "depn" / "scores.safetensors").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "<html" in page
+    assert "Plotly" in page
+    capsys.readouterr()
+    assert run("check", tmp_path / "edited", task) == 0
+    assert "probability" in capsys.readouterr().out
+    assert not [p for p in tmp_path.rglob(".*")], "no temporary file is left"
+
+
+def test_a_finished_stage_is_not_made_again_and_not_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("localize", folder / "model", folder / "facts.jsonl", "--method", "magnitude", "--out", tmp_path / "a")
+    assert run(*words, "--top", 3) == 0
+    before = (tmp_path / "a" / "localize" / "magnitude" / "scores.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(*words, "--top", 3) == 0
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "a" / "localize" / "magnitude" / "scores.json").stat().st_mtime_ns == before
+    assert "--force" in failed(capsys, *words, "--top", 4)
+    assert run(*words, "--top", 4, "--force") == 0
+
+
+def test_help_is_fast() -> None:
+    code = (
+        "import sys\nfrom locedit.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "localize" in done.stdout
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("methods") == 0
+    listed = capsys.readouterr().out
+    for name in ("depn", "npo", "relearn"):
+        assert f"\n{name} " in listed
+    assert run("methods", "npo") == 0
+    assert "beta" in capsys.readouterr().out
+    assert run("metrics") == 0
+    assert "exposure" in capsys.readouterr().out
+    assert "did you mean 'npo'" in failed(capsys, "methods", "npoo")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("localize", "./nothing", "{facts}", "--out", "{out}"), "'./nothing' does not exist"),
+        (("localize", "{model}", "none.jsonl", "--out", "{out}"), "none.jsonl"),
+        (("localize", "{model}", "{facts}", "--method", "dpn", "--out", "{out}"), "did you mean 'depn'"),
+        (("localize", "{model}", "{facts}", "--method", "depn", "--stepps", "3", "--out", "{out}"), "'steps'"),
+        (("localize", "{model}", "{facts}", "--quadrature", "rigth", "--out", "{out}"), "'right'"),
+        (("localize", "{model}", "{facts}", "--top", "0", "--out", "{out}"), "top=0"),
+        (("localize", "{model}", "{facts}", "--top", "3", "--fraction", "0.1", "--out", "{out}"), "one budget"),
+        (("localize", "{model}", "{facts}", "--where", "format", "--out", "{out}"), "FIELD=VALUE"),
+        (("localize", "{model}", "{facts}", "--where", "owner=Nobody", "--out", "{out}"), "Anna Berg"),
+        (("localize", "{model}", "{facts}", "--fields", "prompt=question", "--out", "{out}"), "question"),
+        (("edit", "{model}", "{facts}", "--method", "npo", "--out", "{out}"), "retain"),
+        (("edit", "{model}", "{facts}", "--method", "zero", "--out", "{out}"), "needs a component set"),
+        (("edit", "{model}", "{task}", "--within", "none.json", "--out", "{out}"), "none.json"),
+        (("evaluate", "{model}", "{task}", "--metrics", "probabilty", "--out", "{out}"), "did you mean 'probability'"),
+        (("evaluate", "{model}", "{task}", "--attacks", "relern", "--out", "{out}"), "did you mean 'relearn'"),
+        (("evaluate", "{model}", "{task}", "--edit", "none", "--out", "{out}"), "none"),
+        (("report", "none", "--out", "{out}/x.html"), "none: no such run folder"),
+        (("export", "{model}", "--edit", "none", "--out", "{out}"), "none"),
+        (("lab", "fatcs", "--out", "{out}"), "did you mean 'facts'"),
+        (("localize", "{model}", "{facts}", "--dtype", "float31", "--out", "{out}"), "float31"),
+        (("localize", "{model}", "{facts}", "--device", "cuda:99", "--out", "{out}"), "cuda:99"),
+    ],
+)
+def test_one_clear_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: str
+) -> None:
+    places = {
+        "model": folder / "model",
+        "facts": folder / "facts.jsonl",
+        "task": folder / "task",
+        "out": tmp_path / "o",
+    }
+    line = failed(capsys, *(word.format(**places) for word in words))
+    assert expected in line
+    assert not (tmp_path / "o").exists(), "nothing is written by a command that fails"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "facts.jsonl"),
+        ('{"prompt": "a", "answer": " b"}\n{"prompt": "a"\n', "facts.jsonl:2"),
+        ('{"prompt": "a", "answr": " b"}\n', "answr"),
+        ('{"prompt": "a", "answer": ""}\n', "answer"),
+        ('{"prompt": "a", "answer": 3}\n', "answer"),
+        ('{"text": "abc", "spans": [[1, 9, "x"]]}\n', "9"),
+        ('{"prompt": "%s", "answer": " b"}\n' % ("a b " * 200), "64"),
+        ('{"prompt": "Anna Ber", "answer": "g"}\n', "facts.jsonl:1"),
+    ],
+)
+def test_broken_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text(text)
+    line = failed(capsys, "localize", folder / "model", path, "--method", "depn", "--out", tmp_path / "o")
+    assert expected in line
+    assert "facts.jsonl" in line
+
+
+def test_nan_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = tiny.module("llama")
+    with torch.no_grad():
+        module.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    module.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    line = failed(capsys, "localize", tmp_path / "model", folder / "facts.jsonl", "--out", tmp_path / "o")
+    assert "down_proj" in line
+
+
+def test_unwritable_place(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    words = ("localize", folder / "model", folder / "facts.jsonl", "--method", "magnitude")
+    assert "file" in failed(capsys, *words, "--out", tmp_path / "file" / "run")
+
+
+def test_ctrl_c(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    import locedit.localize as package
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package, "localize", interrupt)
+    words = ("localize", folder / "model", folder / "facts.jsonl", "--method", "magnitude", "--out", tmp_path / "o")
+    assert run(*words) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("scores*"))
+    monkeypatch.undo()
+    assert run(*words) == 0
+
+
+def test_an_edit_is_of_one_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a"
+    assert run("localize", folder / "model", folder / "task", "--method", "magnitude", "--top", 3, "--out", out) == 0
+    within = ("--within", out / "components.json")
+    assert run("edit", folder / "model", folder / "task", *within, "--method", "zero", "--out", out) == 0
+    tiny.module("llama", seed=7).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    line = failed(capsys, "export", tmp_path / "other", "--edit", out / "edit", "--out", tmp_path / "edited")
+    assert "other" in line or "another model" in line
+    assert not (tmp_path / "edited").exists()
+
+
+def test_debug_shows_the_traceback(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none.jsonl"):
+        run("localize", folder / "model", "none.jsonl", "--debug", "--out", tmp_path / "o")
