@@ -64,6 +64,12 @@ def core_of(module: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def name_of(module: nn.Module) -> str:
+    """Where a built module came from, when it says so, else its class."""
+    core = core_of(module)
+    return str(getattr(core, "name_or_path", "") or type(core).__name__)
+
+
 def is_causal(core: PreTrainedModel) -> bool:
     return type(core).__name__ not in MASKED
 
@@ -87,7 +93,7 @@ def read(source: str, *, dtype: str | torch.dtype, device_map: Any) -> PreTraine
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         dtype = _dtype(dtype)
     try:
-        with _quiet():
+        with quiet():
             module, info = kind.from_pretrained(
                 source, config=config, dtype=dtype, device_map=device_map,
                 output_loading_info=True, ignore_mismatched_sizes=True,
@@ -111,8 +117,8 @@ def _refuse_incomplete(source: str, kind: str, info: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Keep transformers' tables and bars off the screen while a checkpoint is read; errors are ours to tell."""
+def quiet() -> Generator[None]:
+    """Keep transformers' tables and bars off the screen while a checkpoint is read or written; errors are ours to tell."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -21,8 +21,9 @@ from locedit.lab.recipe import Recipe, recipe_for
 from locedit.lab.tokenizer import mask_id, train_tokenizer
 from locedit.lab.training import Kind, Progress, Schedule, encode_rows, train
 from locedit.lab.world import WORLDS, World, answer_words, make_world, tokenizer_texts
+from locedit.loading import quiet
 from locedit.progress import report as count
-from locedit.storage import atomic_folder, cache_folder, read_json, write_json, write_text
+from locedit.storage import atomic_folder, cache_folder, read_json, refuse_overwrite, write_json, write_text
 
 if TYPE_CHECKING:
     from locedit.data import Task
@@ -96,6 +97,7 @@ def write_lab(
     folder: str | Path, *, world: str = "facts", force: bool = False, cache: str | Path | None = None, **options: Any
 ) -> Lab:
     """Put a lab into `folder`: a copy from the cache, made first if need be. `options` are those of `lab`."""
+    refuse_overwrite(folder, force=force)
     made = lab(world, cache=cache, **options)
     with atomic_folder(folder, force=force) as temporary:
         shutil.copytree(made.folder, temporary, dirs_exist_ok=True)
@@ -146,8 +148,9 @@ def _report(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _write(folder: Path, world: World, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    with quiet():
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
     for name, lines in world.files().items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(folder / f"{name}.jsonl", text)
