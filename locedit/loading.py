@@ -112,7 +112,7 @@ def _refuse_incomplete(source: str, kind: str, info: dict[str, Any]) -> None:
         name, found, wanted = other[0]
         raise LoceditError(
             f"the checkpoint {source!r} has {len(other)} weights of other shapes than its config.json says, first "
-            f"{name!r}: {list(found)} instead of {list(wanted)}"
+    """Keep transformers' tables and bars off the screen while a checkpoint is read or written."""
         )
 
 
