@@ -112,13 +112,13 @@ def _refuse_incomplete(source: str, kind: str, info: dict[str, Any]) -> None:
         name, found, wanted = other[0]
         raise LoceditError(
             f"the checkpoint {source!r} has {len(other)} weights of other shapes than its config.json says, first "
-    """Keep transformers' tables and bars off the screen while a checkpoint is read or written."""
+            f"{name!r}: {list(found)} instead of {list(wanted)}"
         )
 
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Keep transformers' tables and bars off the screen while a checkpoint is read or written; errors are ours to tell."""
+    """Keep transformers' tables and bars off the screen while a checkpoint is read or written."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
