@@ -60,7 +60,7 @@ def span_log_prob(model: Model, value: str) -> float:
     return sum(float(logits[at - 1, example.ids[at]]) for at in example.targets)
 
 
-# --- the formula -------------------------------------------------------------------------------------------------------
+# --- the formula ----------------------------------------------------------------------------------------------------
 
 
 def test_exposure_runs_from_zero_to_the_size_of_the_space() -> None:
@@ -110,7 +110,7 @@ def test_a_probable_secret_has_few_rivals() -> None:
     assert estimated_rank(2.0, samples, log2_space=20) == pytest.approx(math.e**2)
 
 
-# --- candidate spaces ------------------------------------------------------------------------------------------------
+# --- candidate spaces -----------------------------------------------------------------------------------------------
 
 
 def test_spaces_by_hand() -> None:
@@ -138,7 +138,7 @@ def test_words_are_ranked_among_heldout_values() -> None:
         space_of("?!")
 
 
-# --- exact ranks on models ---------------------------------------------------------------------------------------------
+# --- exact ranks on models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -181,7 +181,7 @@ def test_search_gives_up_when_too_many_remain() -> None:
 
 
 def test_digits_that_a_tokenizer_joins_are_not_searched_one_by_one() -> None:
-    """The tiny tokenizer has merged some digits of its corpus ("555-0134"), so such a span has no token for each digit."""
+    """The tiny tokenizer has merged some digits of its corpus: "555-0134" has no token for each digit."""
     model = tiny.model("gpt2")
     joined = secrets(Dataset(items=(private("555-0134"),), source="s"))[0]
     example = encode(model, [joined.item])[0]

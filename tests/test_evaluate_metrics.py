@@ -63,7 +63,7 @@ def by_hand(model: Model, item: Fact) -> tuple[float, bool, int]:
     return probability, all(int(row.argmax()) == token for row, token in steps), 1 + int((row > row[first]).sum())
 
 
-# --- token scores ------------------------------------------------------------------------------------------------------
+# --- token scores ---------------------------------------------------------------------------------------------------
 
 
 def test_ranks_by_hand() -> None:
@@ -105,7 +105,7 @@ def test_a_model_with_nan_weights_is_named() -> None:
         token_scores(model, examples)
 
 
-# --- metrics against plain transformers --------------------------------------------------------------------------------
+# --- metrics against plain transformers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -206,7 +206,7 @@ def test_shift_is_zero_for_an_edit_of_nothing_and_equals_plain_kl_for_another(mo
     assert parts.get("texts", "kl_to_base").value == pytest.approx(found.get("texts", "kl_to_base").value, rel=1e-4)
 
 
-# --- evaluate() --------------------------------------------------------------------------------------------------------
+# --- evaluate() -----------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_measures_before_and_after_and_leaves_the_model() -> None:

@@ -119,6 +119,7 @@ def _full(model: Model) -> Generator[list[nn.Parameter]]:
 def _lora(model: Model, *, rank: int, seed: int) -> Generator[list[nn.Parameter]]:
     """Fresh LoRA factors on all linear maps but the unembedding (peft's "all-linear"); the weights stay untouched."""
     from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     if isinstance(model.module, PeftModel):
         raise LoceditError(
@@ -126,7 +127,8 @@ def _lora(model: Model, *, rank: int, seed: int) -> Generator[list[nn.Parameter]
         )
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=None)
+    transposed = any(isinstance(part, Conv1D) for part in model.module.modules())
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

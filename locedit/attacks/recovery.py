@@ -86,9 +86,7 @@ def at_dose(run: Run, dose: Dose) -> int:
     return run.steps.index(dose.steps)
 
 
-def mean_by_item(
-    parts: Sequence[tuple[Sequence[int], Float[Tensor, " item"]]], *, count: int
-) -> Float[Tensor, " item"]:
+def mean_by_item(parts: Sequence[tuple[Sequence[int], Float[Tensor, " _"]]], *, count: int) -> Float[Tensor, " item"]:
     """Mean value of each of `count` items over the parts that hold it; NaN for items in none."""
     sums, times = torch.zeros(count).double(), torch.zeros(count).double()
     for places, values in parts:

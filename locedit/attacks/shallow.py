@@ -18,8 +18,8 @@ LOWEST = 0.02
 def unlikelihood(log_probs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """-log(1 - p) of each token in nats, 0 for a token that is never said (Welleck et al. 2020, arXiv:1908.04319).
 
-    >>> unlikelihood(torch.tensor([0.5, 0.9]).log()).tolist()
-    [0.6931471824645996, 2.3025851249694824]
+    >>> unlikelihood(torch.tensor([0.5, 0.9]).log())
+    tensor([0.6931, 2.3026])
     """
     return -torch.log1p(-log_probs.exp().clamp(max=1 - 1e-6))
 
