@@ -120,8 +120,7 @@ def _probe(container: nn.Module, fused: nn.Module, split: Any) -> list[tuple[int
     numbers = torch.arange(plain.weight.shape[out_axis], dtype=torch.float32)
     shape = (1, -1) if out_axis else (-1, 1)
     counter.weight = nn.Parameter(numbers.view(shape).expand(plain.weight.shape))
-    if getattr(plain, "bias", None) is not None:
-        counter.bias = nn.Parameter(numbers.clone())
+    counter.bias = nn.Parameter(numbers.clone())  # some split functions insist on one
     clone = _shell(container)
     for name, child in container.named_children():
         if child is fused:
@@ -148,21 +147,30 @@ def bridged(core: PreTrainedModel, tokenizer: Any) -> Generator[Any]:
     Weights must not be changed inside: the bridge holds copies of some fused matrices, and changes to those would be
     lost.
     """
-    with _quiet_import():
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     attention = getattr(core.config, "_attn_implementation", None) or "eager"
     before = {name: state_of(parameter) for name, parameter in core.named_parameters()}
     with _restoring(core), torch.random.fork_rng(devices=[]):
         core.set_attn_implementation("eager")
         try:
-            bridge = build_bridge_from_module(core, type(core).__name__, hf_config=core.config, model_name="local")
-            bridge.tokenizer = tokenizer
-            yield bridge
+            yield _bridge(core, tokenizer)
         finally:
             core.set_attn_implementation(attention)
     changed = [name for name, parameter in core.named_parameters() if state_of(parameter) != before[name]]
     if changed:
         raise LoceditError(f"a bridge is for reading, but {changed[0]!r} was changed inside it: reload the model")
+
+
+def _bridge(core: PreTrainedModel, tokenizer: Any) -> Any:
+    with _quiet_import():
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    kind = type(core).__name__
+    try:
+        bridge = build_bridge_from_module(core, kind, hf_config=core.config, model_name="local")
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise LoceditError(f"transformer-lens cannot bridge this {kind}: {reason}") from error
+    bridge.tokenizer = tokenizer
+    return bridge
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Runs:
         return runs
 
     def indices(self) -> tuple[int, ...]:
+        """The places, in the order of the role's own outputs."""
         return tuple(self.start + r * self.stride + i for r in range(self.count) for i in range(self.width))
 
 
@@ -115,6 +116,7 @@ class Anatomy:
         self.table: AdapterTable = adapter_table(core)
         self.parameters = named_parameters(core)
         "parameter name -> parameter; tied parameters once, adapters of PEFT left out"
+        self._runs = {role: Runs.of(rows, role) for role, rows in self.table.rows.items()}
         self._names = {id(module): name for name, module in core.named_modules()}
 
     # --- modules by role ----------------------------------------------------------------------------------------
@@ -140,12 +142,8 @@ class Anatomy:
             raise LoceditError(
                 f"no layer {layer}; the model has {self.table.n_layers} (0 to {self.table.n_layers - 1})"
             )
-        fused = {"attn.q": "attn.qkv", "attn.k": "attn.qkv", "attn.v": "attn.qkv"}
-        fused |= {"mlp.gate": "mlp.gate_up", "mlp.in": "mlp.gate_up"}
-        runs = None
-        stored = role
-        if role in self.table.rows:
-            stored, runs = fused[role], Runs.of(self.table.rows[role], role)
+        runs = self._runs.get(role)
+        stored = role if runs is None else "attn.qkv" if role.startswith("attn.") else "mlp.gate_up"
         name = f"blocks.{layer}.{stored}"
         if not self.has(name):
             raise LoceditError(self._no_matrix(layer, role))

@@ -258,7 +258,7 @@ def load(
     the hub.
     """
     if isinstance(source, nn.Module):
-        module, folder, name = loading.accept(source), None, type(source).__name__
+        module, folder, name = loading.accept(source), None, loading.name_of(source)
         tokenizer = loading.tokenizer_from(tokenizer, beside=None)
     else:
         folder, name = loading.locate(source), str(source)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from locedit import tracing
+from locedit import points, tracing
 from locedit.anatomy import Runs
 from locedit.components import UNITS, ComponentSet
 from locedit.errors import LoceditError
@@ -110,6 +110,34 @@ def test_layers_hold_their_blocks(architecture: str) -> None:
         norms = sum(p.numel() for n, p in block.named_parameters() if "norm" in n.lower() or ".ln_" in f".{n}")
         qk = sum(p.numel() for n, p in block.named_parameters() if "q_norm" in n or "k_norm" in n)
         assert parts.parameters() == held.parameters() - norms + qk
+
+
+VARIANTS = (
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),  # as OPT-350m
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    ("phi3", {"head_dim": 16}),
+    ("gpt_neox", {"attention_bias": False}),
+    ("phi", {"num_key_value_heads": 2, "qk_layernorm": True}),
+)
+
+
+@pytest.mark.parametrize(("architecture", "settings"), VARIANTS, ids=[a for a, _ in VARIANTS])
+def test_variants_of_the_same_class(architecture: str, settings: dict[str, object]) -> None:
+    """Zeroing weights is zeroing by hook, and no hook point that returns its value changes a bit."""
+    model = tiny.model(architecture, **settings)
+    before = logits(model)
+    for unit in ("neuron", "head", "mlp", "attn", "matrix", "row", "column"):
+        components = some(model, unit)
+        with zeroed(model, components):
+            by_weights = logits(model)
+        with tracing.ablate(model, components):
+            by_hook = logits(model)
+        span = float(before.max() - before.min())
+        assert float((by_weights - by_hook).abs().max()) <= 1e-5 * span
+        assert float((by_weights - before).abs().max()) >= 1e-3 * span
+    names = points.names(model.anatomy, (0, 1, 2))
+    with tracing.scale(model, dict.fromkeys(names, 1.0)):
+        assert torch.equal(logits(model), before)
 
 
 # --- numbers worked out by hand --------------------------------------------------------------------------------------

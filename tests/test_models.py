@@ -442,6 +442,14 @@ def test_the_bridge_restores_after_an_exception_and_takes_back_gradients() -> No
     assert state(model) == before
 
 
+def test_what_transformer_lens_cannot_bridge_is_one_line() -> None:
+    model = tiny.model("gpt_neox", attention_bias=False)
+    before = state(model)
+    with pytest.raises(LoceditError, match="cannot bridge this GPTNeoXForCausalLM"), model.bridged():
+        raise AssertionError
+    assert state(model) == before
+
+
 def test_changing_weights_inside_the_bridge_is_an_error() -> None:
     model = tiny.model("llama")
     with pytest.raises(LoceditError, match="'model.norm.weight' was changed"), model.bridged():

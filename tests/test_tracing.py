@@ -105,6 +105,16 @@ def test_recording_changes_nothing_and_identity_neither(architecture: str) -> No
     assert hooks_left(model) == 0
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "phi3"])
+def test_in_half_precision_identity_changes_no_bit_either(architecture: str) -> None:
+    model = load(tiny.module(architecture).bfloat16(), tokenizer=tiny.tokenizer())
+    with torch.no_grad():
+        plain = model.logits(BATCH)
+        with tracing.scale(model, dict.fromkeys(points.names(model.anatomy, LAYERS), 1.0)):
+            assert torch.equal(model.logits(BATCH), plain)
+    assert plain.dtype == torch.bfloat16
+
+
 @by_architecture
 def test_the_residual_stream_adds_up(architecture: str) -> None:
     """mid = pre + attention, post = mid + MLP (both added to pre when parallel); BERT normalises the sums."""
