@@ -250,9 +250,20 @@ def test_the_verdict_gives_the_numbers_in_order() -> None:
 
 def test_random_sets_that_reach_the_level_are_not_passed_over() -> None:
     run = dataclasses.replace(a_run(), comparison=a_comparison(random_reaches=True))
-    said = "1 of 2 random sets of the same size reach the level 0.05 (answer probability) too "
-    said += "with retain at 0.50, the found set 0.96"
+    said = "1 of 2 random sets reach the level 0.05 (answer probability) at 2 neurons, with retain at 0.50, found 0.96"
     assert said in str(words.verdict(run))
+
+
+def test_what_the_edit_never_took_away_is_not_called_suppressed() -> None:
+    evaluation = Evaluation(measures=measures_of(0.99, 0.98), attacks=(an_attack(0.95),))
+    said = str(words.verdict(RunResults(evaluation=evaluation)))
+    assert words.MEANINGS["never gone"] in said
+    assert "suppressed" not in said
+    own = tuple(a_measure("forget", value, stage=stage) for value, stage in ((0.99, "before"), (0.97, "after")))
+    gone_elsewhere = Evaluation(
+        measures=measures_of(0.99, 0.04), attacks=(dataclasses.replace(an_attack(0.9), measures=own),)
+    )
+    assert words.MEANINGS["never gone"] in str(words.verdict(RunResults(evaluation=gone_elsewhere)))
 
 
 def test_a_harmed_retain_set_is_in_the_label() -> None:

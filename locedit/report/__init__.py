@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locedit._callable import make_callable
 from locedit.components import ComponentSet
 from locedit.report import captions, page, tables, words
 from locedit.report.inputs import RunResults, gather
@@ -83,3 +84,6 @@ def _paragraph(text: str) -> str:
 
 def _table(view: tables.TableView) -> str:
     return str(page.environment().get_template("parts.html").module.table(view))  # type: ignore[attr-defined]
+
+
+make_callable(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from locedit.components import ComponentSet
 from locedit.report import judge
 from locedit.report.lines import RANKS, main_column, retain_column
-from locedit.report.numbers import dose, number, over_seeds, percent, spread
+from locedit.report.numbers import dose_range, number, over_seeds, percent, spread
 from locedit.report.palette import NAMES
 from locedit.results import AttackResult, Comparison, Curve, Role
 from locedit.scores import Scores
@@ -37,7 +37,8 @@ def components(component_set: ComponentSet) -> str:
         return "The set is empty."
     layer, most = max(counts.items(), key=lambda item: item[1])
     place = "outside the blocks" if layer is None else f"in layer {layer}"
-    return f"Most are {place}: {most:,} of {len(component_set):,}; {len(counts)} layers have at least one."
+    layers = "1 layer has" if len(counts) == 1 else f"{len(counts)} layers have"
+    return f"Most are {place}: {most:,} of {len(component_set):,}; {layers} at least one."
 
 
 def comparison(result: Comparison, roles: Sequence[Role] = RANKS) -> str:
@@ -52,11 +53,10 @@ def _matched(role: Role, curves: Sequence[Curve]) -> str:
     if not reached:
         lowest = min(min(c.columns[main_column(c)]) for c in curves)
         return f"{name}: not reached (lowest {number(lowest)})"
-    taken = ", ".join(dict.fromkeys(dose(c, i) for c, i in reached))
     some = "" if len(reached) == len(curves) else f", by {len(reached)} of {len(curves)}"
     kept = [c.columns["retain"][i] for c, i in reached if "retain" in c.columns]
     retained = f", retain {over_seeds(spread(kept))}" if kept else ""
-    return f"{name}: reached at {taken}{some}{retained}"
+    return f"{name}: reached at {dose_range(reached)}{some}{retained}"
 
 
 def attack(result: AttackResult) -> str:

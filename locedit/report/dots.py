@@ -32,9 +32,9 @@ def dots(numbers: Sequence[Measure]) -> Figure:
             here = [m for m in finite if _panel(m) == unit and m.stage == stage]
             if here:
                 made.add_trace(_trace(here, stage, named=_first_row(finite, units, stage) == row), row=row, col=1)
-        made.update_xaxes(title_text=plain(unit), row=row, col=1)
-        ordered = [_row(m) for m in reversed(finite) if _panel(m) == unit]
-        made.update_yaxes(categoryorder="array", categoryarray=list(dict.fromkeys(ordered)), row=row, col=1)
+        made.update_xaxes(title_text=plain(unit), nticks=5, tickangle=0, row=row, col=1)
+        ordered = list(dict.fromkeys(_row(m) for m in finite if _panel(m) == unit))
+        made.update_yaxes(categoryorder="array", categoryarray=ordered[::-1], row=row, col=1)
     return dress(made, height=total)
 
 

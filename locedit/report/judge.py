@@ -26,7 +26,7 @@ ATTACK_BROKE = 0.9
 Forgetting = Literal["unchanged", "worse", "partly", "gone", "unknown"]
 Recovery = Literal[
     "unmeasured", "broken", "no control", "back", "partly back", "no power", "below never knew", "too wide",
-    "like never knew",
+    "like never knew", "never gone",
 ]  # fmt: skip
 
 
@@ -126,6 +126,13 @@ def attack_retain(result: AttackResult) -> tuple[float, float] | None:
         if c.role == "found" and (name := retain_column(c))
     ]
     return (fmean(start for start, _ in pairs), fmean(end for _, end in pairs)) if pairs else None
+
+
+def own_pair(result: AttackResult) -> Pair | None:
+    """The attack's own metric of the forget set before and after the edit, where it gives both."""
+    own = [m for m in result.measures if (m.name, m.dataset, m.group) == (result.headline.name, "forget", None)]
+    found = {m.stage: m for m in own}
+    return Pair(before=found["before"], after=found["after"]) if {"before", "after"} <= found.keys() else None
 
 
 def never_knew(result: AttackResult) -> Spread | None:

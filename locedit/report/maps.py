@@ -43,7 +43,7 @@ def scores(result: Scores, *, unit: Unit | None = None, chosen: ComponentSet | N
     peak = max((abs(value) for value in known), default=0.0) or 1.0
     signed = min(known, default=0.0) < -0.1 * peak
     heat = go.Heatmap(
-        x=list(range(len(grid.columns))),
+        x=[start + (grid.bin - 1) / 2 for start in range(0, grid.bin * len(grid.columns), grid.bin)],
         y=grid.rows,
         z=grid.values,
         text=grid.hover,
@@ -143,7 +143,7 @@ def _marks(grid: Grid, result: Scores, chosen: ComponentSet, unit: Unit) -> list
         found = chosen.indices(name) if name in chosen.sites else ()
         row = _row_name(result, name, with_role=not single and len(roles) > 1)
         for index in found:
-            x = grid.columns.index(_role(name)) if single else (index // grid.bin)
+            x = grid.columns.index(_role(name)) if single else index
             points.append(
                 (x, row, f"{plain(name)} {index}: {float(result.values[name].reshape(-1)[index]):.4g}, chosen")
             )
@@ -165,9 +165,11 @@ def _marks(grid: Grid, result: Scores, chosen: ComponentSet, unit: Unit) -> list
 
 
 def _ticks(grid: Grid) -> dict[str, object]:
-    step = max(1, math.ceil(len(grid.columns) / 8))
-    places = list(range(0, len(grid.columns), step))
-    return {"tickvals": places, "ticktext": [plain(grid.columns[i]) for i in places]}
+    """Names of modules as they are; component numbers as plotly places them."""
+    if all(column.isdigit() for column in grid.columns):
+        spacing: dict[str, object] = {"dtick": 1} if len(grid.columns) <= 16 else {"nticks": 9}
+        return {"tickformat": "d", "tickangle": 0, **spacing}
+    return {"tickvals": list(range(len(grid.columns))), "ticktext": [plain(name) for name in grid.columns]}
 
 
 def _all_layers(grid: Grid) -> bool:

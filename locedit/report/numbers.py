@@ -125,3 +125,14 @@ def dose(curve: Curve, index: int) -> str:
     """What one point of a curve took: "50 neurons", or "scale 0.50" where the name is no plural."""
     value = number(curve.x[index])
     return f"{value} {curve.x_name}" if curve.x_name.endswith("s") else f"{curve.x_name} {value}"
+
+
+def dose_range(points: Sequence[tuple[Curve, int]]) -> str:
+    """The doses of several points: as in 50 neurons, or 64 to 128 neurons; listed where they are of several kinds."""
+    kinds = {curve.x_name for curve, _ in points}
+    ordered = sorted(points, key=lambda point: point[0].x[point[1]])
+    if len(kinds) > 1 or not next(iter(kinds)).endswith("s"):
+        return ", ".join(dict.fromkeys(dose(curve, index) for curve, index in ordered))
+    (first, low), (last, high) = ordered[0], ordered[-1]
+    same = first.x[low] == last.x[high]
+    return dose(last, high) if same else f"{number(first.x[low])} to {dose(last, high)}"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -115,7 +116,7 @@ def _view(figure: Figure, caption: str, *, title: str = "", kind: str = "") -> F
 def _title(runs: Sequence[RunResults]) -> str:
     if len(runs) > 1:
         return f"{', '.join(run.name for run in runs[:-1])} and {runs[-1].name}"
-    return runs[0].name or next(iter(_models(runs)), "Results")
+    return runs[0].name or "/".join(Path(next(iter(_models(runs)), "Results")).parts[-2:])
 
 
 def _subtitle(runs: Sequence[RunResults]) -> str:
@@ -193,7 +194,7 @@ def _attacks(run: RunResults, anchor: str) -> Section:
     if not found:
         return Section(title=title, anchor=anchor, missing="No attack was run.")
     drawn = [_view(figures.attack(a), captions.attack(a), title=_attack_title(a)) for a in found]
-    steps = [words.attack_sentence(a, words.outcome(a, run.evaluation)) for a in found] if run.evaluation else []
+    steps = [a.sentence for a in found]
     listed = [table for a in found if (table := tables.attack_measures(a))]
     return Section(title=title, anchor=anchor, steps=steps if len(found) > 1 else [], figures=drawn, tables=listed)
 

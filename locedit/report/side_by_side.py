@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from locedit.report import judge, words
 from locedit.report.inputs import RunResults
-from locedit.report.numbers import number, over_seeds, spread
+from locedit.report.numbers import number, over_seeds
 from locedit.report.tables import Cell, Column, TableView, measure_cell, texts
 from locedit.results import Measure, Role
 
@@ -66,10 +66,5 @@ def _attack_rows(name: str, runs: Sequence[RunResults]) -> list[list[Cell]]:
 def _matched_retain(run: RunResults) -> str | None:
     if run.comparison is None:
         return None
-    found = [row for row in run.comparison.at_level("found") if row and "retain" in row]
-    level = number(run.comparison.level)
-    return (
-        f"{over_seeds(spread([row['retain'] for row in found]))} (level {level})"
-        if found
-        else f"level {level} not reached"
-    )
+    kept, level = words.matched_retain(run.comparison, "found"), number(run.comparison.level)
+    return f"{over_seeds(kept)} (level {level})" if kept else f"level {level} not reached"

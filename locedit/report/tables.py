@@ -14,6 +14,7 @@ from locedit.scores import Scores
 MOST_ROWS = 2000
 "rows of the per-example table; the page says how many it leaves out"
 
+ORDER: tuple[Stage, ...] = ("before", "after", "attacked")
 BETTER = {"higher": "higher", "lower": "lower", "neutral": ""}
 
 
@@ -84,9 +85,9 @@ def measures(evaluation: Evaluation) -> TableView:
     """One row for each measure: before, after, and after each attack, with intervals."""
     attacked = [(a.name, {m.key: m for m in (*a.measures, a.headline)}) for a in evaluation.attacks]
     stages: dict[Stage, dict[str, Measure]] = {"before": {}, "after": {}, "attacked": {}}
-    first: dict[str, Measure] = {}
-    for measure in (*evaluation.measures, *(m for _, found in attacked for m in found.values())):
-        first.setdefault(measure.key, measure)
+    shown: dict[str, Measure] = {}
+    for measure in (*evaluation.measures, *(a.headline for a in evaluation.attacks)):
+        shown.setdefault(measure.key, measure)
     for measure in evaluation.measures:
         stages[measure.stage][measure.key] = measure
     rows = [
@@ -101,7 +102,7 @@ def measures(evaluation: Evaluation) -> TableView:
             Cell(text=f"{m.n:,}", sort=m.n),
             *texts(m.note),
         ]
-        for key, m in first.items()
+        for key, m in shown.items()
     ]
     names = ["data set", "measure", "part", "unit", "better"]
     numbers = ["before", "after", "after attack", *(f"after {name}" for name, _ in attacked), "n"]
@@ -143,8 +144,9 @@ def examples(evaluation: Evaluation) -> TableView | None:
 def _by_column(evaluation: Evaluation, numbers: Sequence[Measure]) -> dict[str, dict[str, float]]:
     """Column heading -> example id -> value; the data sets share the columns of a metric."""
     headlines = {id(a.headline): a.name for a in evaluation.attacks}
+    metrics = list(dict.fromkeys(m.name for m in numbers))
     found: dict[str, dict[str, float]] = {}
-    for m in numbers:
+    for m in sorted(numbers, key=lambda m: (metrics.index(m.name), ORDER.index(m.stage))):
         stage = f"after {headlines[id(m)]}" if id(m) in headlines else m.stage
         found.setdefault(f"{m.name.replace('_', ' ')} {stage}", {}).update(m.per_example)
     return found
@@ -165,7 +167,8 @@ def attack_measures(result: AttackResult) -> TableView | None:
         Column(name="value", numeric=True),
         Column(name="note"),
     ]
-    return _without_empty(TableView(title=f"Numbers of the attack {result.name}", columns=columns, rows=rows))
+    title = f"All numbers of {result.name}"
+    return _without_empty(TableView(title=title, columns=columns, rows=rows, folded=True))
 
 
 # --- where ---------------------------------------------------------------------------------------------------------

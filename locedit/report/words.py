@@ -10,8 +10,20 @@ from locedit.components import ComponentSet
 from locedit.report import judge
 from locedit.report.inputs import RunResults
 from locedit.report.judge import Forgetting, Pair, Recovery
-from locedit.report.numbers import PLURALS, dose, number, over_seeds, parameters, percent, size, spread, with_interval
-from locedit.results import AttackResult, Comparison, Evaluation
+from locedit.report.numbers import (
+    PLURALS,
+    Spread,
+    dose,
+    dose_range,
+    number,
+    over_seeds,
+    parameters,
+    percent,
+    size,
+    spread,
+    with_interval,
+)
+from locedit.results import AttackResult, Comparison, Evaluation, Role
 from locedit.scores import Scores
 
 VERBS = {"zero": "Zeroing", "mean": "Mean ablation of", "scale": "Scaling"}
@@ -67,9 +79,12 @@ def verdict(run: RunResults) -> Verdict:
 
 
 def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
-    """What an attack shows, beside the same metric of the forget set before the edit where the evaluation has it."""
-    pair = judge.primary(evaluation, "forget", name=result.headline.name)
-    return judge.recovery(result, pair.before.value if pair else None)
+    """What an attack shows, beside the same metric of the forget set before the edit."""
+    pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
+    shown = judge.recovery(result, pair.before.value if pair else None)
+    pair = pair or judge.primary(evaluation, "forget")
+    never_gone = pair is not None and judge.forgetting(pair, judge.floor(evaluation, pair)) in ("unchanged", "worse")
+    return "never gone" if never_gone and shown in ("back", "partly back") else shown
 
 
 def _label(state: Forgetting, outcomes: list[Recovery]) -> tuple[str, Tone]:
@@ -116,25 +131,29 @@ def _retained(retain: Pair, pair: Pair) -> str:
 
 
 def _random_clause(comparison: Comparison) -> str | None:
-    """What random sets of the same size do: leave at the same dose, or keep where they reach the level as well."""
+    """What random sets leave at the same dose, and what it costs them to reach the level."""
     random = [c for c in comparison.curves if c.role == "random"]
-    reached = [c for c in random if c.matched is not None]
     if not random:
         return None
-    if reached:
-        kept = [row["retain"] for row in comparison.at_level("random") if row and "retain" in row]
-        own = [row["retain"] for row in comparison.at_level("found") if row and "retain" in row]
-        beside = (
-            f" with retain at {over_seeds(spread(kept))}, the found set {over_seeds(spread(own))}"
-            if kept and own
-            else ""
-        )
-        level = f"the level {number(comparison.level)} ({comparison.metric})"
-        return f"{len(reached)} of {len(random)} random sets of the same size reach {level} too{beside}"
+    parts: list[str] = []
     if found := judge.same_dose(comparison, "random"):
         curve, index, left = found
-        return f"random sets of the same size leave {over_seeds(left)} at the same dose ({dose(curve, index)})"
-    return f"none of {len(random)} random sets of the same size reaches the level {number(comparison.level)}"
+        parts.append(f"random sets of the same size leave {over_seeds(left)} at the same dose ({dose(curve, index)})")
+    reached = [(c, c.matched) for c in random if c.matched is not None]
+    level = f"the level {number(comparison.level)} ({comparison.metric})"
+    if not reached:
+        return parts[0] if parts else f"no random set of the same size reaches {level}"
+    taken = dose_range(reached)
+    kept, own = matched_retain(comparison, "random"), matched_retain(comparison, "found")
+    beside = f", with retain at {over_seeds(kept)}, found {over_seeds(own)}" if kept and own else ""
+    parts.append(f"{len(reached)} of {len(random)} random sets reach {level} at {taken}{beside}")
+    return "; ".join(parts)
+
+
+def matched_retain(comparison: Comparison, role: Role) -> Spread | None:
+    """The retain column of a role at the matched doses; None where the level is not reached or retain not measured."""
+    kept = [row["retain"] for row in comparison.at_level(role) if row and "retain" in row]
+    return spread(kept) if kept else None
 
 
 def action(run: RunResults) -> str:
@@ -150,11 +169,8 @@ def action(run: RunResults) -> str:
 def attack_sentence(result: AttackResult, outcome: Recovery) -> str:
     """The attack's own sentence, its one number with the interval, and what that allows one to say."""
     name = result.name[0].upper() + result.name[1:].replace("_", " ")
-    brings = (
-        "brings back a share of"
-        if result.headline.name == judge.SHARE
-        else f"ends at {result.headline.name.replace('_', ' ')}"
-    )
+    metric = result.headline.name.replace("_", " ")
+    brings = "brings back a share of" if result.headline.name == judge.SHARE else f"ends at {metric}"
     return f"{result.sentence} {name} {brings} {with_interval(result.headline)}; {MEANINGS[outcome]}."
 
 
@@ -166,6 +182,7 @@ MEANINGS: dict[Recovery, str] = {
     "no control": "without a never-knew control this may be remembering or learning anew",
     "broken": "the attack itself damaged the model, so it says little about what is left",
     "too wide": "not distinguishable from a model that never knew at this attack, nor from half of it being back",
+    "never gone": "by this number the edit had not taken it away before",
     "unmeasured": "the attack gave no number",
     "no power": "the attack does not bring back a shallow edit either, so it shows nothing",
 }
@@ -242,6 +259,10 @@ def _evaluated(run: RunResults) -> str:
 
 def _attacked(result: AttackResult) -> str:
     used = ", ".join(
-        f"{key} = {value}" for key, value in result.settings.items() if isinstance(value, str | int | float | bool)
+        f"{key} = {result.settings[key]}" for key in TOLD if isinstance(result.settings.get(key), str | int)
     )
     return f"Attacked by {result.name}{f' ({used})' if used else ''}."
+
+
+TOLD = ("trained", "items", "splits", "steps")
+"settings of an attack that its sentence names; all are among the settings"
