@@ -108,37 +108,19 @@ def rewrite_blocks(model: "Model", change: Callable[[int, dict[str, Any]], dict[
 
     The block is called with what the function returns, or as it was when that is None.
     """
-
-    def rewriting(layer: int, block: nn.Module) -> Any:
-        signature = inspect.signature(block.forward)
-        open_ended = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            for name in open_ended:
-                arguments |= arguments.pop(name, {})
-            changed = change(layer, arguments)
-            return None if changed is None else ((), changed)
-
-        return hook
-
     with ExitStack() as stack:
         for layer, block in enumerate(model.anatomy.blocks):
-            handle = block.register_forward_pre_hook(rewriting(layer, block), with_kwargs=True)
-            stack.callback(handle.remove)
+            hook = partial(_rewritten, partial(change, layer), inspect.signature(block.forward))
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
 def through_linear(hooks: Iterable[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]]) -> Generator[None]:
     """Send the output of each linear map through a function of (input, output)."""
-
-    def passing(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        return lambda _, args, output: change(args[0], output)
-
     with ExitStack() as stack:
         for module, change in hooks:
-            stack.callback(module.register_forward_hook(passing(change)).remove)
+            stack.callback(module.register_forward_hook(partial(_after_linear, change)).remove)
         yield
 
 
@@ -270,6 +252,28 @@ def _on_input(
 def _on_output(change: Change, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
     """Change a module's output, or the first entry of a tuple of outputs."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def _rewritten(
+    change: Callable[[dict[str, Any]], dict[str, Any] | None],
+    signature: inspect.Signature,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What a block is to be called with instead: everything by name, or None for no change."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    changed = change(arguments)
+    return None if changed is None else ((), changed)
+
+
+def _after_linear(
+    change: Callable[[Tensor, Tensor], Tensor], _: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    return change(args[0], output)
 
 
 def _through_sum(base: Tensor, added: Tensor, change: Change) -> Tensor:

@@ -199,6 +199,41 @@ def test_hooks_of_nested_contexts_act_in_the_order_of_entry() -> None:
     assert torch.equal(last[name], first[name] * 3.0)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_blocks_can_be_called_with_something_else(architecture: str) -> None:
+    """Giving block 2 the input of block 1 leaves block 1 out; None leaves a block as it is."""
+    model = cached(architecture)
+    first: dict[str, Tensor] = {}
+
+    def skip(layer: int, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        if layer == 1:
+            first["input"] = arguments["hidden_states"]
+        return arguments | {"hidden_states": first["input"]} if layer == 2 else None
+
+    names = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
+    with torch.no_grad():
+        plain = model.logits(BATCH)
+        with tracing.rewrite_blocks(model, skip), tracing.record(model, names) as seen:
+            skipped = model.logits(BATCH)
+        with tracing.rewrite_blocks(model, lambda *_: None):
+            assert torch.equal(model.logits(BATCH), plain)
+    assert torch.equal(seen[names[0]], seen[names[1]])
+    assert not torch.allclose(skipped, plain, atol=0.1)
+    assert hooks_left(model) == 0
+
+
+def test_linear_maps_can_be_sent_through_a_function() -> None:
+    """Taking W x away from a bias-free projection's output is zeroing it."""
+    model = cached("llama")
+    out: Any = model.linear(1, "mlp.out")
+    with torch.no_grad():
+        with tracing.through_linear([(out, lambda given, output: output - given @ out.weight.T)]):
+            without = model.logits(BATCH)
+        with tracing.ablate(model, model.components({"blocks.1.mlp": [0]})):
+            assert_close(without, model.logits(BATCH))
+    assert hooks_left(model) == 0
+
+
 def test_ablating_to_means_by_hand() -> None:
     """A neuron held at its mean: the change in the MLP's output is (mean - activation) times its output column."""
     model = cached("llama")
