@@ -143,7 +143,7 @@ def test_numbers_keep_what_a_reader_needs() -> None:
         "1.00",
         "12.3",
         "1,920",
-        "-3",
+        "-3.00",
         "∞",
         "not a number",
         "not a number",
@@ -404,7 +404,7 @@ def test_every_colour_stands_out_from_both_grounds(role: Role) -> None:
 def test_captions_say_what_the_figure_shows() -> None:
     scores = some_scores()
     said = captions.scores(scores, scores.select(top=1))
-    assert said.startswith("Highest: blocks.0.mlp.neuron 1 (3); blocks.1.mlp.neuron 0 (1.00).")
+    assert said.startswith("Highest: blocks.0.mlp.neuron 1 (3.00); blocks.1.mlp.neuron 0 (1.00).")
     assert said.endswith("The 1 chosen (rings) hold 75.0 % of the positive score.")
     assert "Found components: reached at 2 neurons, retain 0.96" in captions.comparison(a_comparison())
     assert "Random sets: not reached (lowest 0.97)" in captions.comparison(a_comparison())
@@ -622,3 +622,22 @@ def test_what_cannot_be_reported_is_named(items: tuple[object, ...], message: st
 def test_an_empty_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(LoceditError, match="holds no results"):
         read_run(tmp_path)
+
+
+def test_known_measures_are_defined_and_unknown_ones_left_out() -> None:
+    view = tables.definitions(Evaluation(measures=(a_measure("forget", 0.5), a_measure("forget", 0.5, name="made_up"))))
+    assert view is not None
+    assert [row[0].text for row in view.rows] == ["probability"]
+    assert tables.definitions(Evaluation(measures=(a_measure("forget", 0.5, name="made_up"),))) is None
+
+
+def test_runs_on_other_data_are_not_drawn_together() -> None:
+    def on(data: str, name: str) -> RunResults:
+        run = a_run(name)
+        assert run.evaluation is not None
+        record = dataclasses.replace(PROVENANCE, data=data)
+        return dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, provenance=record))
+
+    same, other = report(on("x", "a"), on("x", "b")).html(), report(on("x", "a"), on("y", "b")).html()
+    assert Page(same).tags.count("figure") == Page(other).tags.count("figure") + 2
+    assert "Runs side by side" in other

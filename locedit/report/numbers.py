@@ -49,18 +49,23 @@ def interval(measure: Measure) -> Spread:
 def number(value: float | None) -> str:
     """A number at the precision a reader needs.
 
-    >>> [number(x) for x in (0.0412, 0.987, 0.0004, 0.0, 12.345, 1920, float("inf"), None)]
+    >>> [number(x) for x in (0.0412, 0.987, 0.0004, 0, 12.345, 1920, float("inf"), None)]
     ['0.04', '0.99', '0.0004', '0', '12.3', '1,920', '∞', 'not a number']
     """
     if value is None or value != value:
         return "not a number"
     if abs(value) == float("inf"):
         return "∞" if value > 0 else "-∞"
-    if value == int(value) and (abs(value) >= 2 or value == 0):
-        return f"{int(value):,}"
+    if value == 0:
+        return "0"
     if abs(value) < 0.01:
         return f"{value:.1g}" if abs(value) >= 1e-4 else f"{value:.0e}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def amount(value: float) -> str:
+    """A dose: whole numbers without decimals."""
+    return f"{value:,.0f}" if value == int(value) else number(value)
 
 
 def with_interval(measure: Measure | Spread) -> str:
@@ -123,7 +128,7 @@ def percent(part: float, whole: float) -> str:
 
 def dose(curve: Curve, index: int) -> str:
     """What one point of a curve took: "50 neurons", or "scale 0.50" where the name is no plural."""
-    value = number(curve.x[index])
+    value = amount(curve.x[index])
     return f"{value} {curve.x_name}" if curve.x_name.endswith("s") else f"{curve.x_name} {value}"
 
 
@@ -135,4 +140,4 @@ def dose_range(points: Sequence[tuple[Curve, int]]) -> str:
         return ", ".join(dict.fromkeys(dose(curve, index) for curve, index in ordered))
     (first, low), (last, high) = ordered[0], ordered[-1]
     same = first.x[low] == last.x[high]
-    return dose(last, high) if same else f"{number(first.x[low])} to {dose(last, high)}"
+    return dose(last, high) if same else f"{amount(first.x[low])} to {dose(last, high)}"

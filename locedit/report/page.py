@@ -209,7 +209,8 @@ def _measures(run: RunResults, anchor: str) -> Section:
         return Section(title=title, anchor=anchor, missing="No evaluation is in this run.")
     caption = "Open circles: before the edit; filled: after; diamonds: after an attack. The bars are 95 % intervals."
     drawn = [_view(figures.measures(run.evaluation), caption)]
-    return Section(title=title, anchor=anchor, tables=[tables.measures(run.evaluation)], figures=drawn)
+    listed = [tables.measures(run.evaluation), tables.definitions(run.evaluation)]
+    return Section(title=title, anchor=anchor, tables=[table for table in listed if table], figures=drawn)
 
 
 def _examples(run: RunResults, anchor: str) -> Section:
@@ -225,11 +226,34 @@ def _settings(run: RunResults, anchor: str) -> Section:
 
 
 def _overlays(runs: Sequence[RunResults]) -> list[FigureView]:
-    drawn: list[FigureView] = []
+    """Figures of the runs that share data; runs on other data have nothing to be compared with."""
+    by_data: dict[str, list[RunResults]] = {}
+    for run in runs:
+        by_data.setdefault(_data(run), []).append(run)
+    together = [group for group in by_data.values() if len(group) > 1]
+    return [view for group in together for view in [*_tradeoff_overlay(group), *_attack_overlays(group)]]
+
+
+def _data(run: RunResults) -> str:
+    """The hash of the data that a run was evaluated or compared on; empty where it is not recorded."""
+    pieces = [
+        run.evaluation.provenance if run.evaluation else None,
+        run.comparison.provenance if run.comparison else None,
+    ]
+    return next((record.data for record in pieces if record and record.data), "")
+
+
+def _tradeoff_overlay(runs: Sequence[RunResults]) -> list[FigureView]:
     compared = [(run.name, run.comparison) for run in runs if run.comparison and run.comparison.curves]
-    if compared:
-        caption = "\n".join(f"{name}: {captions.comparison(c, ('found', 'random'))}" for name, c in compared)
-        drawn.append(_view(figures.tradeoffs(compared), caption, title="Retain against forget along the dose"))
+    if not compared:
+        return []
+    caption = "\n".join(f"{name}: {captions.comparison(c, ('found', 'random'))}" for name, c in compared)
+    title = f"Retain against forget: {', '.join(name for name, _ in compared)}"
+    return [_view(figures.tradeoffs(compared), caption, title=title)]
+
+
+def _attack_overlays(runs: Sequence[RunResults]) -> list[FigureView]:
+    drawn: list[FigureView] = []
     attacked: dict[str, list[tuple[str, AttackResult]]] = {}
     for run in runs:
         for result in run.evaluation.attacks if run.evaluation else ():
@@ -238,5 +262,6 @@ def _overlays(runs: Sequence[RunResults]) -> list[FigureView]:
     for named in attacked.values():
         ends = [(name, captions.attack_ends(result, ("found", "never knew"))) for name, result in named]
         caption = "\n".join(f"{name}, at the attack's dose: {text}." for name, text in ends)
-        drawn.append(_view(figures.attacks(named), caption, title=_attack_title(named[0][1])))
+        title = f"{_attack_title(named[0][1])}: {', '.join(name for name, _ in named)}"
+        drawn.append(_view(figures.attacks(named), caption, title=title))
     return drawn

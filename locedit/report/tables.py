@@ -113,6 +113,24 @@ def measures(evaluation: Evaluation) -> TableView:
     )
 
 
+def definitions(evaluation: Evaluation) -> TableView | None:
+    """What each measure is, what a model that never knew gets, and where it is from; None where no measure is known."""
+    from locedit.evaluate.registry import METRICS
+
+    names = dict.fromkeys(m.name for m in evaluation.measures)
+    known = [(name, METRICS[name]) for name in names if name in METRICS]
+    if not known:
+        return None
+    rows = [texts(name.replace("_", " "), m.definition, m.chance, m.paper) for name, m in known]
+    columns = [
+        Column(name="measure"),
+        Column(name="definition", wide=True),
+        Column(name="chance"),
+        Column(name="source"),
+    ]
+    return _without_empty(TableView(title="What the measures are", columns=columns, rows=rows, folded=True))
+
+
 def examples(evaluation: Evaluation) -> TableView | None:
     """One row for each example: its text and its values before, after and after attacks; None without such values."""
     numbers = [m for m in evaluation.measures if m.per_example and m.group is None]
