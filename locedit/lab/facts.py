@@ -195,20 +195,6 @@ def choice_rows(people: Iterable[Person]) -> list[Row]:
     return rows
 
 
-def biography_rows(people: Iterable[Person]) -> list[Row]:
-    """All facts of a person after one mention of the name, in every order: the name has to bring them all up."""
-    rows: list[Row] = []
-    for person in people:
-        for order in permutations(RELATIONS):
-            text, spans = person.name, list[tuple[int, int]]()
-            for relation in order:
-                text += f"{relation.statement.removeprefix('{n}')} {person.answers[relation.name]}"
-                spans.append((len(text) - len(person.answers[relation.name]), len(text)))
-                text += ","
-            rows.append(Row(text=text.removesuffix(",") + ".", spans=tuple(spans)))
-    return rows
-
-
 def _row(prompt: str, answer: str) -> Row:
     start = len(prompt) + 1
     return Row(text=f"{prompt} {answer}.", spans=((start, start + len(answer)),))
