@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locedit import losses
 from locedit.components import ComponentSet
-from locedit.data.encode import encode
+from locedit.data.encode import Batch, Example, collate, encode
 from locedit.data.items import Dataset, Fact, Task
+from locedit.edit.objective import ReferenceCache, Step
+from locedit.edit.restrict import Deltas
+from locedit.losses import Scored
 from locedit.models import Model, load
 from tests import tiny
 
@@ -73,3 +77,28 @@ def same_bits(module: nn.Module, before: dict[str, Tensor]) -> bool:
 def hooks_left(module: nn.Module) -> int:
     """How many forward hooks are registered anywhere."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+class StepOfTwoModels(Step):
+    """A step whose unedited model is a second model, so that a loss can be tested without the trainer."""
+
+    start: Model
+
+    def unedited(self, batch: Batch) -> Scored:
+        with torch.no_grad():
+            return losses.score(self.start, batch)
+
+
+def step(model: Model, start: Model, forget: list[Example], retain: list[Example]) -> Step:
+    """Everything in one batch."""
+    made = StepOfTwoModels(
+        number=1,
+        forget=collate(forget, model),
+        retain=collate(retain, model),
+        model=model,
+        generator=torch.Generator(),
+        held=Deltas(model, []),
+        cache=ReferenceCache(model.causal),
+    )
+    made.start = start
+    return made

@@ -276,18 +276,29 @@ def _mode(module: nn.Module, *, checkpoint: bool) -> Generator[None]:
     with ExitStack() as stack:
         stack.callback(lambda: [setattr(part, "training", mode) for part, mode in before.items()])
         if checkpoint:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-            stack.callback(module.gradient_checkpointing_disable)  # type: ignore[arg-type]
+            stack.enter_context(_checkpointing(module))
             for part in module.modules():
                 if getattr(part, "gradient_checkpointing", False):
                     part.training = True
         yield
 
 
+@contextmanager
+def _checkpointing(module: nn.Module) -> Generator[None]:
+    """Transformers' recomputation of each block's activations, by the name that this version has for it."""
+    new = hasattr(module, "activation_checkpointing_enable")
+    word = "activation_checkpointing" if new else "gradient_checkpointing"
+    getattr(module, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
+    try:
+        yield
+    finally:
+        getattr(module, f"{word}_disable")()
+
+
 def _require_finite(terms: Mapping[str, Tensor], *, name: str, step: int, options: TrainOptions) -> None:
     for term, value in terms.items():
         if not bool(torch.isfinite(value)):
-            raise LoceditError(f"{name}: the loss term {term!r} is {float(value)} at step {step}; {_advice(options)}")
+            raise LoceditError(f"{name}: the loss term {term!r} is {value.item()} at step {step}; {_advice(options)}")
 
 
 def _advice(options: TrainOptions) -> str:

@@ -1,0 +1,200 @@
+"""Losses by hand, against their formulas written out again, and what a method requires."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from locedit.data.encode import Example, encode
+from locedit.data.items import Dataset, Fact
+from locedit.edit import answer_probabilities
+from locedit.errors import LoceditError
+from locedit.models import Model
+from locedit.unlearn import METHODS, prepare, unlearn
+from locedit.unlearn.npo import npo
+from tests import edits, tiny
+
+
+def test_npo_by_hand() -> None:
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert float(npo(zero - 7, zero - 7, beta=0.1)) == pytest.approx(20 * math.log(2))
+    assert float(npo(zero - 7, zero - 7, beta=0.1)) == pytest.approx(13.863, abs=5e-4)
+    # log ratio ln 3 at beta 1: -2 log sigmoid(-ln 3) = 2 ln(1 + 3)
+    assert float(npo(zero + math.log(3), zero, beta=1.0)) == pytest.approx(2 * math.log(4))
+    assert float(npo(zero - 200, zero, beta=1.0)) == pytest.approx(0, abs=1e-12)
+
+
+def test_npo_gradient_is_the_weighted_ascent_gradient() -> None:
+    own = torch.tensor([-1.0, -3.0, -0.2], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.5, -1.0, -0.2], dtype=torch.float64)
+    beta = 0.7
+    npo(own, reference, beta=beta).backward()
+    p, q = (own.detach() * beta).exp(), (reference * beta).exp()
+    assert own.grad is not None
+    torch.testing.assert_close(own.grad, 2 * p / (p + q) / 3)
+    assert torch.autograd.gradcheck(lambda x: npo(x, reference, beta=beta), [own])
+    small = torch.autograd.grad(npo(own, reference, beta=1e-6), own)[0]
+    torch.testing.assert_close(small, torch.full((3,), 1 / 3, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+# --- against the formulas, from the whole logits, one unpadded example at a time --------------------------------------
+
+
+def token_log_probs(model: Model, example: Example, reference: Model | None = None) -> tuple[Tensor, Tensor]:
+    """(log p of the scored tokens, KL(reference || model) at them) from the full log-softmax."""
+    rows: list[tuple[Tensor, int]] = []
+    kls: list[Tensor] = []
+    for target in example.targets:
+        ids = torch.tensor([example.ids])
+        at = target - 1
+        if not model.causal:
+            ids[0, target] = model.tokenizer.mask_token_id
+            at = target
+        batch = SimpleNamespace(ids=ids, attention_mask=torch.ones_like(ids))
+        table = model.logits(batch)[0, at].log_softmax(-1)
+        rows.append((table, example.ids[target]))
+        if reference is not None:
+            old = reference.logits(batch)[0, at].log_softmax(-1)
+            kls.append((old.exp() * (old - table)).sum())
+    return torch.stack([table[token] for table, token in rows]), torch.stack(kls) if kls else torch.zeros(0)
+
+
+def expected(model: Model, start: Model, name: str, forget: list[Example], retain: list[Example]) -> dict[str, float]:
+    with torch.no_grad():
+        mean = {e.id: token_log_probs(model, e)[0].mean() for e in forget + retain}
+        total = {e.id: token_log_probs(model, e)[0].sum() for e in forget}
+        start_total = {e.id: token_log_probs(start, e)[0].sum() for e in forget}
+        kl = torch.stack([token_log_probs(model, e, start)[1].mean() for e in retain]).mean()
+    ascent = torch.stack([mean[e.id] for e in forget]).mean()
+    descent = -torch.stack([mean[e.id] for e in retain]).mean()
+    ratios = torch.stack([total[e.id] - start_total[e.id] for e in forget])
+    values = {
+        "ga": {"forget_loss": ascent},
+        "grad_diff": {"forget_loss": ascent, "retain_loss": descent},
+        "grad_diff kl": {"forget_loss": ascent, "retain_loss": 0.5 * kl},
+        "npo": {"forget_loss": (2 / 0.3) * torch.log1p(torch.exp(0.3 * ratios)).mean(), "retain_loss": descent},
+        "injection": {"inject_loss": -ascent, "retain_loss": descent},
+    }
+    return {term: float(value) for term, value in values[name].items()}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ga": {},
+    "grad_diff": {},
+    "grad_diff kl": {"retain_weight": 0.5, "retain_loss": "kl"},
+    "npo": {"beta": 0.3},
+    "injection": {},
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_losses_equal_their_formulas_whatever_the_padding(architecture: str, case: str) -> None:
+    model, start = edits.double(architecture), edits.double(architecture)
+    with torch.no_grad():
+        model.parameter(next(iter(model.sites("matrix").values())).slices[0].param).mul_(1.1)
+    task, name = edits.task(), case.split()[0]
+    data = METHODS[name].learns(task) if METHODS[name].learns else task.forget  # type: ignore[misc]
+    forget, retain = encode(model, data), encode(model, task.retain)  # type: ignore[arg-type]
+    step = edits.step(model, start, forget, retain)
+    assert len({len(e.ids) for e in forget + retain}) > 2  # so there is padding
+    found = METHODS[name].function(step, prepare(name, task, **OPTIONS[case]))
+    wanted = expected(model, start, case, forget, retain)
+    assert {term: float(value) for term, value in found.items()} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_the_gradient_is_that_of_the_loss(case: str) -> None:
+    """Central differences in float64 along a random direction of one weight matrix."""
+    model, start = edits.double("gpt2"), edits.double("gpt2")
+    task, name = edits.task(), case.split()[0]
+    step = edits.step(model, start, encode(model, task.forget), encode(model, task.retain))  # type: ignore[arg-type]
+    options = prepare(name, task, **OPTIONS[case])
+    weight = model.parameter("transformer.h.1.mlp.c_fc.weight")
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return torch.stack(list(METHODS[name].function(step, options).values())).sum()
+
+    with torch.no_grad():
+        weight.add_(0.01 * direction)  # away from the start, where the KL term is flat
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            weight.add_(sign * 1e-5 * direction)
+            ends.append(loss())
+            weight.sub_(sign * 1e-5 * direction)
+    assert float((gradient * direction).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4)
+
+
+# --- methods on a model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("name", ["ga", "grad_diff", "npo", "injection"])
+def test_each_method_does_what_it_is_for_inside_the_set(architecture: str, name: str) -> None:
+    model, task = tiny.model(architecture), edits.task()
+    within = edits.neurons_and_heads(model)
+    edit = unlearn(model, task, name, within=within, steps=20, learning_rate=1e-2)
+    edit.verify(model)
+    forget, retain = encode(model, task.forget), encode(model, task.retain)  # type: ignore[arg-type]
+    new = encode(model, METHODS["injection"].learns(task))  # type: ignore[misc]
+    before = [answer_probabilities(model, data).log().mean() for data in (forget, retain, new)]
+    with edit.applied(model) as edited:
+        after = [answer_probabilities(edited, data).log().mean() for data in (forget, retain, new)]
+    if name == "injection":
+        assert after[2] > before[2] + 2
+    else:
+        assert after[0] < before[0] - 2
+    if name != "ga":
+        assert after[1] > before[1] + 2
+
+
+def test_recipes_run_by_name() -> None:
+    model, task = tiny.model("gpt2"), edits.task()
+    within = model.components({"blocks.0.mlp.neuron": [3]})
+    kinds = {name: unlearn(model, task, name, within=within).kind for name in ("zero", "mean", "scale")}
+    assert kinds == {"zero": "weights", "mean": "weights", "scale": "weights"}
+    assert unlearn(model, task.forget, "zero", within=within, hold="hooks").kind == "hooks"
+    scaled = unlearn(model, task, "scale", within=within, factor=3.0)
+    start = model.parameter("transformer.h.0.mlp.c_proj.weight")[3]
+    assert torch.equal(scaled.patches[0].values[0], start.detach() * 3)
+
+
+def test_retain_weight_zero_needs_no_retain_data() -> None:
+    model = tiny.model("gpt2")
+    task = edits.task(retain=None)
+    for name in ("npo", "grad_diff", "injection"):
+        with pytest.raises(LoceditError, match=f"{name} needs retain data.*or train without: --retain-weight 0"):
+            prepare(name, task)
+        edit = unlearn(model, task, name, steps=1, retain_weight=0.0)
+        assert "retain_loss" not in edit.history
+    assert unlearn(model, task, "ga", steps=1).kind == "weights"
+    assert "retain" in unlearn(model, edits.task(), "npo", steps=1, retain_weight=0.0).history
+
+
+def test_what_a_method_requires_is_said_before_a_model_is_needed() -> None:
+    task = edits.task()
+    with pytest.raises(LoceditError, match="no unlearning method 'npoo'; did you mean 'npo'"):
+        prepare("npoo", task)
+    with pytest.raises(LoceditError, match="npo has no option 'beat'; did you mean 'beta'"):
+        prepare("npo", task, beat=1.0)
+    with pytest.raises(LoceditError, match="beta=-1 must be above 0"):
+        prepare("npo", task, beta=-1)
+    with pytest.raises(LoceditError, match=r"zero needs a component set \(--within FILE\)"):
+        prepare("zero", task)
+    with pytest.raises(LoceditError, match="npo cannot be held as 'hooks'; choices: weights, adapter"):
+        prepare("npo", task, hold="hooks")
+    facts = Dataset(items=(Fact(prompt="Anna is", answer=" a baker", id="one"),), source="forget.jsonl")
+    with pytest.raises(LoceditError, match="injection needs the field 'new_answer', which 'one' of forget.jsonl lacks"):
+        prepare("injection", edits.task(forget=facts))
+
+
+def test_every_method_names_its_paper_and_options() -> None:
+    for name, method in METHODS.items():
+        assert "arXiv:" in method.paper, name
+        assert method.options() is not None
