@@ -297,7 +297,7 @@ def test_bins_keep_the_score_of_largest_size() -> None:
     assert (best, where) == ([-3.0, 2.0, -4.0], [1, 2, 4])
     wide = Scores(values={"blocks.0.mlp.neuron": torch.arange(1000.0)}, sites=neuron_sites(1000, 1))
     grid = maps.layout(wide, "neuron")
-    assert (grid.bin, len(grid.columns), grid.values[0][-1]) == (8, 125, 999.0)
+    assert (grid.spacing, len(grid.columns), grid.values[0][-1]) == (8, 125, 999.0)
     assert len(maps.layout(some_scores(), "neuron").columns) == 4
 
 
@@ -313,6 +313,19 @@ def test_rings_stand_on_the_chosen_components() -> None:
     scores = some_scores()
     rings = figures.scores(scores, chosen=scores.select(top=2)).data[1]
     assert list(zip(rings.x, rings.y, strict=True)) == [(1, "0"), (0, "1")]
+
+
+def test_lines_of_unequal_length_are_cut_into_parts() -> None:
+    counts = {"blocks.0.mlp.out.row": 300, "model.embed.weight:row": 1000}
+    sites = {name: Site(name=name, count=count) for name, count in counts.items()}
+    scores = Scores(values={name: torch.arange(float(count)) for name, count in counts.items()}, sites=sites)
+    grid = maps.layout(scores, "row")
+    assert grid.rows == ["0 mlp.out", "model.embed.weight"]
+    assert grid.bins == {"blocks.0.mlp.out.row": 3, "model.embed.weight:row": 8}
+    assert [len(row) for row in grid.values] == [128, 128]
+    assert (grid.values[0][99], grid.values[0][100], grid.values[1][124]) == (299.0, None, 999.0)
+    rings = figures.scores(scores, chosen=scores.select(top=1)).data[1]
+    assert (rings.x[0], rings.y[0]) == (124, "model.embed.weight")
 
 
 def test_a_role_has_one_colour_in_every_figure() -> None:
@@ -405,7 +418,7 @@ def test_captions_say_what_the_figure_shows() -> None:
     scores = some_scores()
     said = captions.scores(scores, scores.select(top=1))
     assert said.startswith("Highest: blocks.0.mlp.neuron 1 (3.00); blocks.1.mlp.neuron 0 (1.00).")
-    assert said.endswith("The 1 chosen (rings) hold 75.0 % of the positive score.")
+    assert said.endswith("The 1 chosen hold 75.0 % of the positive score.")
     assert "Found components: reached at 2 neurons, retain 0.96" in captions.comparison(a_comparison())
     assert "Random sets: not reached (lowest 0.97)" in captions.comparison(a_comparison())
     assert captions.attack(an_attack(0.81)).startswith(

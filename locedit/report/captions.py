@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from locedit.components import ComponentSet
 from locedit.report import judge
 from locedit.report.lines import RANKS, main_column, retain_column
-from locedit.report.numbers import dose_range, number, over_seeds, percent, spread
+from locedit.report.numbers import count, dose_range, number, over_seeds, percent, spread
 from locedit.report.palette import NAMES
 from locedit.results import AttackResult, Comparison, Curve, Role
 from locedit.scores import Scores
@@ -19,8 +19,9 @@ def scores(result: Scores, chosen: ComponentSet | None) -> str:
         return text
     positive = sum(float(tensor.clamp(min=0).sum()) for tensor in result.values.values())
     inside = sum(_positive_inside(result, chosen, name) for name in result.values if name in chosen.sites)
+    picked = sum(count(chosen, name) for name in result.values)
     if positive and inside:
-        text += f" The {len(chosen):,} chosen (rings) hold {percent(inside, positive)} of the positive score."
+        text += f" The {picked:,} chosen hold {percent(inside, positive)} of the positive score."
     return text
 
 
@@ -37,7 +38,8 @@ def components(component_set: ComponentSet) -> str:
         return "The set is empty."
     layer, most = max(counts.items(), key=lambda item: item[1])
     place = "outside the blocks" if layer is None else f"in layer {layer}"
-    layers = "1 layer has" if len(counts) == 1 else f"{len(counts)} layers have"
+    inside = len(counts.keys() - {None})
+    layers = "1 layer has" if inside == 1 else f"{inside} layers have"
     return f"Most are {place}: {most:,} of {len(component_set):,}; {layers} at least one."
 
 

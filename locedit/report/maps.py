@@ -13,7 +13,8 @@ from locedit.report.numbers import count
 from locedit.report.palette import INK, SCORE_SCALE, SIGNED_SCALE, figure, plain
 from locedit.scores import Scores
 
-MOST_RINGS = 2000
+MOST_RINGS = 300
+"more chosen components than this are not ringed one by one"
 WIDEST = 128
 "more components than this in a row are shown in bins, each by its largest score"
 
@@ -27,15 +28,17 @@ class Grid:
     columns: list[str]
     values: list[list[float | None]]
     hover: list[list[str]]
-    bin: int
-    "components in one column; 1 = each has its own"
+    bins: dict[str, int]
+    "site -> components in one column; 1 = each has its own"
+    spacing: int
+    "distance of two columns on the axis"
     x_name: str
 
 
 def scores(result: Scores, *, unit: Unit | None = None, chosen: ComponentSet | None = None) -> Figure:
     """Layer by component; rows wider than 128 are binned by the score of largest size.
 
-    Rings mark the components of `chosen`, up to 2,000 of them. `unit` says which of several units to show; default
+    Rings mark the components of `chosen`, up to 300 of them. `unit` says which of several units to show; default
     is the one with most sites.
     """
     grid = layout(result, unit or most_sites(result))
@@ -43,7 +46,7 @@ def scores(result: Scores, *, unit: Unit | None = None, chosen: ComponentSet | N
     peak = max((abs(value) for value in known), default=0.0) or 1.0
     signed = min(known, default=0.0) < -0.1 * peak
     heat = go.Heatmap(
-        x=[start + (grid.bin - 1) / 2 for start in range(0, grid.bin * len(grid.columns), grid.bin)],
+        x=[(i + 0.5) * grid.spacing - 0.5 for i in range(len(grid.columns))],
         y=grid.rows,
         z=grid.values,
         text=grid.hover,
@@ -78,24 +81,41 @@ def most_sites(result: Scores) -> Unit:
 
 
 def layout(result: Scores, unit: Unit) -> Grid:
-    """The scores of one unit, a row for each layer: components along it, or modules where a site is one component."""
+    """The scores of one unit, a row for each layer: components along it, or modules where a site is one component.
+
+    Rows of unequal length are each cut into as many bins as the widest, so that columns are parts of a row.
+    """
     names = [name for name in result.values if result.sites[name].unit == unit]
-    if all(result.sites[name].count == 1 for name in names):
+    counts = [result.sites[name].count for name in names]
+    if max(counts) == 1:
         return _single(result, names, unit)
-    widest = max(result.sites[name].count for name in names)
-    size = 1 if widest <= WIDEST else math.ceil(widest / WIDEST)
-    columns = [str(start) for start in range(0, widest, size)]
-    roles = {_role(name) for name in names}
-    rows = [_row_name(result, name, with_role=len(roles) > 1) for name in names]
+    width = min(max(counts), WIDEST)
+    bins = {name: math.ceil(count / width) for name, count in zip(names, counts, strict=True)}
+    equal = len(set(counts)) == 1
+    size = bins[names[0]] if equal else 1
     values: list[list[float | None]] = []
     hover: list[list[str]] = []
+    rows = _row_names(result, names)
     for name, row in zip(names, rows, strict=True):
-        best, where = binned(result.values[name], size)
-        pad = len(columns) - len(best)
+        best, where = binned(result.values[name], bins[name])
+        pad = math.ceil(counts[0] / size) - len(best) if equal else width - len(best)
         values.append([*best, *[None] * pad])
-        hover.append([_cell_text(row, unit, i, size, best[i], where[i]) for i in range(len(best))] + [""] * pad)
+        hover.append([_cell_text(row, unit, i, bins[name], best[i], where[i]) for i in range(len(best))] + [""] * pad)
     x_name = unit if size == 1 else f"{unit} (largest of each {size})"
-    return Grid(rows=rows, columns=columns, values=values, hover=hover, bin=size, x_name=x_name)
+    return Grid(
+        rows=rows,
+        columns=[str(i * size) for i in range(len(values[0]))],
+        values=values,
+        hover=hover,
+        bins=bins,
+        spacing=size,
+        x_name=x_name if equal else f"{unit}, each line cut into at most {width} parts",
+    )
+
+
+def _row_names(result: Scores, names: list[str]) -> list[str]:
+    with_role = len({_role(name) for name in names}) > 1
+    return [_row_name(result, name, with_role=with_role) for name in names]
 
 
 def _single(result: Scores, names: list[str], unit: Unit) -> Grid:
@@ -108,7 +128,9 @@ def _single(result: Scores, names: list[str], unit: Unit) -> Grid:
         score = float(result.values[name].reshape(-1)[0])
         values[r][c] = score
         hover[r][c] = f"{plain(name)}: {score:.4g}"
-    return Grid(rows=rows, columns=columns, values=values, hover=hover, bin=1, x_name=unit)
+    return Grid(
+        rows=rows, columns=columns, values=values, hover=hover, bins=dict.fromkeys(names, 1), spacing=1, x_name=unit
+    )
 
 
 def binned(values: Tensor, size: int) -> tuple[list[float], list[int]]:
@@ -138,15 +160,12 @@ def _marks(grid: Grid, result: Scores, chosen: ComponentSet, unit: Unit) -> list
     if sum(count(chosen, name) for name in names) > MOST_RINGS:
         return []
     single = all(result.sites[name].count == 1 for name in names)
-    roles = {_role(name) for name in names}
-    for name in names:
-        found = chosen.indices(name) if name in chosen.sites else ()
-        row = _row_name(result, name, with_role=not single and len(roles) > 1)
-        for index in found:
-            x = grid.columns.index(_role(name)) if single else index
-            points.append(
-                (x, row, f"{plain(name)} {index}: {float(result.values[name].reshape(-1)[index]):.4g}, chosen")
-            )
+    rows = [_row_name(result, name, with_role=False) for name in names] if single else _row_names(result, names)
+    for name, row in zip(names, rows, strict=True):
+        for index in chosen.indices(name) if name in chosen.sites else ():
+            x = grid.columns.index(_role(name)) if single else _place(grid, name, index)
+            value = float(result.values[name].reshape(-1)[index])
+            points.append((x, row, f"{plain(name)} {index}: {value:.4g}, chosen"))
     if not points:
         return []
     ring = {"symbol": "circle-open", "size": 8, "color": INK, "line": {"width": 1.5}}
@@ -162,6 +181,11 @@ def _marks(grid: Grid, result: Scores, chosen: ComponentSet, unit: Unit) -> list
             hovertemplate="%{text}<extra></extra>",
         )
     ]
+
+
+def _place(grid: Grid, name: str, index: int) -> float:
+    """Where a component stands on the axis: at its number, or in its part of a line of another length."""
+    return index if grid.spacing == grid.bins[name] else index // grid.bins[name]
 
 
 def _ticks(grid: Grid) -> dict[str, object]:

@@ -109,6 +109,8 @@ def parameters(components: ComponentSet) -> tuple[int, int] | None:
 
     None where the set does not say where its components live.
     """
+    if components.units == ("weight",):
+        return len(components), sum(site.count for site in components.sites.values())
     try:
         everything = components | ~components
         return components.parameters(), everything.parameters()

@@ -1,7 +1,7 @@
 """The page: what each section holds, and the one HTML file made of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from locedit.report.numbers import PLURALS
 from locedit.report.side_by_side import side_by_side
 from locedit.report.tables import TableView
 from locedit.results import AttackResult
+from locedit.scores import Scores
 
 __all__ = ["RunResults", "page"]
 
@@ -151,19 +152,18 @@ def _scores(run: RunResults, anchor: str) -> Section:
         method = scores.provenance.method if scores.provenance else "scores"
         units: list[Unit] = [u for u in UNITS if any(scores.sites[name].unit == u for name in scores.values)]
         for unit in units:
-            figure = figures.scores(scores, unit=unit, chosen=run.components)
-            drawn.append(
-                _view(
-                    figure,
-                    captions.scores(scores, run.components),
-                    title=f"{method}: {PLURALS[unit]}",
-                    kind="heat",
-                )
-            )
+            part = _of_unit(scores, unit)
+            figure, caption = figures.scores(part, chosen=run.components), captions.scores(part, run.components)
+            drawn.append(_view(figure, caption, title=f"{method}: {PLURALS[unit]}", kind="heat"))
         listed.append(tables.best(scores, name=method))
         listed += [tables.evidence(name, table) for name, table in scores.evidence.items() if table]
     missing = "" if run.scores else "No scores are in this run."
     return Section(title="Where it scores high", anchor=anchor, missing=missing, figures=drawn, tables=listed)
+
+
+def _of_unit(scores: Scores, unit: Unit) -> Scores:
+    """The scores of one unit."""
+    return replace(scores, values={name: v for name, v in scores.values.items() if scores.sites[name].unit == unit})
 
 
 def _components(run: RunResults, anchor: str) -> Section:
