@@ -269,7 +269,7 @@ def test_mixtures_of_experts_have_no_dense_neuron() -> None:
         (lambda m: m.sites("neurone"), "did you mean 'neuron'"),
         (lambda m: m.components({"blocks.9.mlp.neuron": [0]}), "no site 'blocks.9.mlp.neuron'"),
         (lambda m: m.components({"blocks.0.mlp.neuron": [80]}), "component 80 of blocks.0.mlp.neuron does not exist"),
-        (lambda m: m.parameter("model.norm.wight"), "did you mean 'model.norm.weight'"),
+        (lambda m: m.parameter("model.norm.weigh"), "did you mean 'model.norm.weight'"),
         (lambda m: m.linear(0, "mlp.up"), "no matrix 'mlp.up' in layer 0"),
         (lambda m: m.linear(7, "mlp.in"), "no layer 7; the model has 3"),
     ],
