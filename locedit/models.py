@@ -220,10 +220,12 @@ class Model:
             raise LoceditError(
                 f"token {int(batch.ids.max())} is outside the vocabulary of {self.vocab_size} of {self.name}"
             )
-        inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
-        if self.causal:
-            return inputs | {"use_cache": False}
-        return inputs | {"attention_mask": mask}
+        ids = batch.ids.to(self.device)
+        if not self.causal:
+            return {"input_ids": ids, "attention_mask": mask}
+        # any other token as padding: transformers warns of its own padding token without a mask
+        filler = 0 if self.core.config.pad_token_id else 1
+        return {"input_ids": ids.masked_fill(mask == 0, filler), "use_cache": False}
 
     def generate(self, batch: TokenBatch, *, max_new_tokens: int) -> list[tuple[int, ...]]:
         """Greedy continuations of the prompts, without the end token; each row as if it were alone."""
