@@ -14,7 +14,7 @@ from locedit.models import Model, load
 from locedit.options import describe, parse
 from locedit.runs import Run
 from locedit.select import BUDGETS, check_budget
-from locedit.storage import refuse_overwrite
+from locedit.storage import read_json, refuse_overwrite
 from locedit.terminal import note, showing_progress, table
 
 
@@ -74,7 +74,7 @@ def _key(model: Model, task: Task, **more: Any) -> dict[str, Any]:
 
 
 def _reused(folder: str) -> None:
-    note(f"{folder} is there already, made from the same model, data and settings")
+    note(f"{folder} is there already, made with the same settings")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -268,10 +268,17 @@ def export_command(args: argparse.Namespace) -> None:
 
 def lab_command(args: argparse.Namespace) -> None:
     """A world and its model, as files."""
-    from locedit.lab import write_lab
+    from locedit.lab import lab, write_lab
 
-    made = write_lab(args.out, world=args.world, arch=args.arch, size=args.size, seed=args.seed, force=args.force)
-    note(f"{args.out}: model/ and the tasks facts/ and private/; {made}")
+    options: dict[str, Any] = {"arch": args.arch, "size": args.size, "seed": args.seed}
+    there = Path(args.out) / "lab.json"
+    if there.exists() and not args.force and read_json(there).get("key") == lab(args.world, **options).report["key"]:
+        return _reused(args.out)
+    refuse_overwrite(args.out, force=args.force)
+    made = write_lab(args.out, world=args.world, force=args.force, **options)
+    note(f"{args.out}: model/ and the tasks facts/ and private/")
+    known = ", ".join(f"{name} {share:.3f}" for name, share in made.report["facts"]["forget"].items())
+    return note(f"facts that the model answers, by format: {known}")
 
 
 def check_command(args: argparse.Namespace) -> None:
