@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from locedit.components import ComponentSet, Scores, Site, Slice
+from locedit.edit import Edit
 from locedit.errors import LoceditError
 from locedit.provenance import Provenance
 from locedit.report import RunResults, captions, figures, fragment, judge, lines, maps, report, tables, words
@@ -19,6 +20,7 @@ from locedit.report.inputs import gather, read_run
 from locedit.report.numbers import number, over_seeds, percent, size, spread, with_interval
 from locedit.report.page import embed
 from locedit.report.palette import COLOURS, NAMES
+from locedit.report.side_by_side import side_by_side
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure, Role, Stage
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>\'"&amp;'
@@ -363,6 +365,14 @@ def test_splits_of_an_attack_are_drawn_as_their_mean() -> None:
     assert len([c for c in lines.means(curves) if c.role == "random"]) == 2, "random sets stay apart"
 
 
+def test_the_history_of_a_training_has_a_panel_for_each_column() -> None:
+    table = {"step": [0, 1, 2], "loss": [None, 2.0, 1.0], "forget": [0.9, None, 0.1]}
+    made = figures.history(Edit(kind="weights", fingerprint="x", history=table))
+    assert [trace.name for trace in made.data] == ["loss", "forget"]
+    assert list(made.data[1].y) == [0.9, None, 0.1]
+    assert not figures.history(Edit(kind="weights", fingerprint="x")).data
+
+
 def test_measures_of_other_units_have_other_axes() -> None:
     perplexity = dataclasses.replace(
         a_measure("texts", 0.5, name="perplexity"), value=12.0, low=11.0, high=13.0, unit="perplexity"
@@ -654,3 +664,16 @@ def test_runs_on_other_data_are_not_drawn_together() -> None:
     same, other = report(on("x", "a"), on("x", "b")).html(), report(on("x", "a"), on("y", "b")).html()
     assert Page(same).tags.count("figure") == Page(other).tags.count("figure") + 2
     assert "Runs side by side" in other
+
+
+def test_the_comparison_puts_key_measures_and_controls_side_by_side() -> None:
+    rows = {
+        row[0].text: [cell.text for cell in row[1:]] for row in side_by_side([a_run("a"), RunResults(name="b")]).rows
+    }
+    assert rows["edit"] == ["Zeroing 2 of 8 neurons", ""]
+    assert rows["forget probability"] == ["0.99 → 0.04 [0.01, 0.07]", ""]
+    assert rows["random sets at the same dose, forget"] == ["0.98 (2 seeds, 0.97 to 0.99)", ""]
+    assert rows["retain at the matched level"] == ["0.96 (level 0.05)", ""]
+    assert rows["relearn: probability"] == ["0.81 [0.76, 0.86]", ""]
+    assert rows["relearn, at its dose: never-knew control"] == ["0.32", ""]
+    assert rows["verdict"] == ["Suppressed, not removed", "Not evaluated"]

@@ -4,29 +4,35 @@ from collections.abc import Sequence
 
 from locedit.report import judge, words
 from locedit.report.inputs import RunResults
-from locedit.report.numbers import number, over_seeds
+from locedit.report.numbers import number, over_seeds, with_interval
 from locedit.report.tables import Cell, Column, TableView, measure_cell, texts
 from locedit.results import Measure, Role
 
 
 def side_by_side(runs: Sequence[RunResults]) -> TableView:
-    """The edit, every whole-set measure before and after, the controls, the attacks and the verdict of each run."""
+    """The edit, the key measures before and after, the controls, the attacks and the verdict of each run."""
     rows = [[Cell(text="edit"), *texts(*(words.action(run) if run.edit or run.components else None for run in runs))]]
-    for dataset, name in dict.fromkeys(key for run in runs for key in _whole_measures(run)):
-        for stage in ("before", "after"):
-            cells = [measure_cell(_find(run, dataset, name, stage)) for run in runs]
-            rows.append([Cell(text=f"{dataset} {name.replace('_', ' ')}, {stage}"), *cells])
+    for dataset, name in dict.fromkeys(key for run in runs for key in _key_measures(run)):
+        rows.append([Cell(text=f"{dataset} {name.replace('_', ' ')}"), *(_change(run, dataset, name) for run in runs)])
     rows += _control_rows(runs)
     rows.append([Cell(text="verdict"), *texts(*(words.verdict(run).label for run in runs))])
     kept = [row for row in rows if any(cell.text for cell in row[1:])]
     columns = [Column(name="measure"), *(Column(name=run.name) for run in runs)]
-    return TableView(
-        title="Key measures of the runs", columns=columns, rows=kept, caption="Mean with its 95 % bootstrap interval."
-    )
+    caption = "Before → after the edit with its 95 % bootstrap interval. All measures stand with each run."
+    return TableView(title="Key measures of the runs", columns=columns, rows=kept, caption=caption)
 
 
-def _whole_measures(run: RunResults) -> list[tuple[str, str]]:
-    return [(m.dataset, m.name) for m in run.evaluation.measures if m.group is None] if run.evaluation else []
+def _key_measures(run: RunResults) -> list[tuple[str, str]]:
+    """(data set, name) of the measures that sum up a run, and of all that tell about plain texts."""
+    whole = [m for m in run.evaluation.measures if m.group is None] if run.evaluation else []
+    return [(m.dataset, m.name) for m in whole if m.name in judge.PRIMARY or m.dataset == "texts"]
+
+
+def _change(run: RunResults, dataset: str, name: str) -> Cell:
+    before, after = (_find(run, dataset, name, stage) for stage in ("before", "after"))
+    if before is None or after is None:
+        return measure_cell(after or before)
+    return Cell(text=f"{number(before.value)} → {with_interval(after)}", sort=after.value)
 
 
 def _find(run: RunResults, dataset: str, name: str, stage: str) -> Measure | None:
