@@ -223,9 +223,7 @@ class Model:
         ids = batch.ids.to(self.device)
         if not self.causal:
             return {"input_ids": ids, "attention_mask": mask}
-        # any other token as padding: transformers warns of its own padding token without a mask
-        filler = 0 if self.core.config.pad_token_id else 1
-        return {"input_ids": ids.masked_fill(mask == 0, filler), "use_cache": False}
+        return {"input_ids": ids, "use_cache": False}
 
     def generate(self, batch: TokenBatch, *, max_new_tokens: int) -> list[tuple[int, ...]]:
         """Greedy continuations of the prompts, without the end token; each row as if it were alone."""

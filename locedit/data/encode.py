@@ -237,8 +237,11 @@ def collate(examples: Sequence[Example], model: Encoder) -> Batch:
     else:
         rows = [row for member, example in enumerate(examples) for row in _masked_rows(model, member, example)]
     padding = model.tokenizer.pad_token_id
+    if model.causal or padding is None:
+        # never attended to; any token but the padding token, of which transformers warns when it gets no mask
+        padding = 1 if padding == 0 else 0
     width = max(len(ids) for _, ids, _ in rows)
-    ids = torch.full((len(rows), width), 0 if padding is None else padding, dtype=torch.long)
+    ids = torch.full((len(rows), width), padding, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
     for row, (member, visible, targets) in enumerate(rows):
         ids[row, : len(visible)] = torch.tensor(visible)
