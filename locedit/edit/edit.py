@@ -254,7 +254,7 @@ class Edit:
         """The training history as a plotly figure."""
         from locedit.report import figures
 
-        return figures.history(self)  # pyright: ignore[reportAttributeAccessIssue]
+        return figures.history(self)
 
     def _repr_html_(self) -> str:
         from locedit.report import fragment

@@ -139,8 +139,8 @@ class Deltas(Held):
         return lost / changed if changed else 0.0
 
     def _sum(self, position: int) -> Tensor:
-        delta = self.parameters[position]
-        return self.regions[position].read(self.base[position]).to(delta.dtype) + delta
+        delta, region, base = self.parameters[position], self.regions[position], self.base[position].detach()
+        return (base if region.index is None else region.read(base)) + delta  # in the wider dtype, which is delta's
 
     def _rounded(self, position: int) -> Tensor:
         return self._sum(position).to(self.base[position].dtype)

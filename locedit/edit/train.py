@@ -161,13 +161,13 @@ class Run:
             self._record({"step": 0}, measured=True)
             while len(self.rows) <= self.options.steps and not self.reached:
                 number = len(self.rows)
-                row = self._step(number)
+                row = self.step(number)
                 every = self.options.eval_every
                 self._record(row, measured=number == self.options.steps or (every > 0 and number % every == 0))
                 progress.report(self.objective.name, number, self.options.steps)
         self._warn()
 
-    def _step(self, number: int) -> dict[str, float | None]:
+    def step(self, number: int) -> dict[str, float | None]:
         """One optimizer step; returns its history row without levels."""
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, float] = {}
