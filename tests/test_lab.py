@@ -221,7 +221,16 @@ def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         lab("facts", size="tiny", cache=tmp_path / "cache", progress=interrupt)
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("trained first")
+
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(LoceditError, match="cannot be written"):
+        lab("facts", size="tiny", cache=tmp_path / "cache", progress=never)
 
 
 def test_unknown_world_is_said_in_one_line(tmp_path: Path) -> None:

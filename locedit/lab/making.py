@@ -105,21 +105,21 @@ def write_lab(
 
 
 def _make(recipe: Recipe, folder: Path, progress: Progress) -> None:
-    """Train, then write; an interrupted training has written nothing."""
-    world = make_world(recipe)
-    tokenizer = train_tokenizer(
-        tokenizer_texts(recipe),
-        words=answer_words(),
-        vocab_size=recipe.vocab_size,
-        max_length=POSITIONS,
-        masked=recipe.arch == "bert",
-    )
-    started = time.perf_counter()
-    model = _trained(recipe, world, tokenizer, progress)
-    report = _report(recipe, model, tokenizer, world) | {"training_seconds": round(time.perf_counter() - started, 1)}
+    """Train and write; an unwritable folder is found before, and an interrupted training leaves nothing behind."""
     with atomic_folder(folder, force=True) as temporary:
+        world = make_world(recipe)
+        tokenizer = train_tokenizer(
+            tokenizer_texts(recipe),
+            words=answer_words(),
+            vocab_size=recipe.vocab_size,
+            max_length=POSITIONS,
+            masked=recipe.arch == "bert",
+        )
+        started = time.perf_counter()
+        model = _trained(recipe, world, tokenizer, progress)
+        seconds = {"training_seconds": round(time.perf_counter() - started, 1)}
         _write(temporary, world, model, tokenizer)
-        write_json(temporary / "lab.json", report)
+        write_json(temporary / "lab.json", _report(recipe, model, tokenizer, world) | seconds)
 
 
 def _trained(recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> PreTrainedModel:
