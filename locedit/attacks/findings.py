@@ -18,6 +18,8 @@ from locedit.provenance import plain
 from locedit.results import AttackResult, Curve, Direction, Measure, Role, Stage
 
 SHARE = "share_back"
+LEFT = 0.5
+"share that the edit left in place from which on the sentence says so first"
 WORKS = 0.5
 "share of the shallow control that must come back for a failure elsewhere to mean anything"
 
@@ -71,10 +73,18 @@ class Findings:
         return torch.stack([run.retain[at_dose(run, self.doses[run.split])] for run in arm.runs]).mean(0)
 
     def share(self, arm: Arm) -> Estimate:
-        """How much of what was known is back in that arm, above what was never known."""
+        """How much of what was known is there after the attack on that arm, above what was never known."""
+        return self._share(self.back(arm), arm)
+
+    @property
+    def left(self) -> Estimate:
+        """The same of what the edit left in place, before the attack."""
+        return self._share(self.after, self.arms[0])
+
+    def _share(self, values: Float[Tensor, " item"], arm: Arm) -> Estimate:
         never = self.arm("never knew")
         return share_back(
-            self.back(arm),
+            values,
             self.before,
             owners=keys(arm.items),
             control=None if never is None else self.back(never),
@@ -126,7 +136,9 @@ def sentence(found: Findings) -> str:
     by = divided_by(main.items)
     people = "" if by == "item" else f" of {_span(sorted({_owners(main, halves) for halves in main.halves}))} {by}s"
     steps = _span(sorted({dose.steps for dose in found.doses.values()}))
-    text = f"{_verdict(share)} with {_span(items)} items{people} and {steps} steps: "
+    left = found.left.value
+    kept = f"The edit itself left {left:.0%} in place. " if left >= LEFT else ""
+    text = f"{kept}{_verdict(share)} with {_span(items)} items{people} and {steps} steps: "
     text += f"the half that was not relearned stands at {_mean(found.back(main))} {_plain(found.metric)} "
     text += f"({_mean(found.before)} before the edit, {_mean(found.after)} after it"
     never = found.arm("never knew")

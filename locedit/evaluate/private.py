@@ -1,6 +1,7 @@
 """Exposure of private spans, exact where the candidates can be counted and estimated where they cannot."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from locedit.evaluate.scoring import token_scores
 from locedit.evaluate.values import Values, View
 from locedit.losses import ScoringModel, score
 
+REACH = 1000
+"a search is tried when the truth's probability leaves room for at most this many times the allowed rows"
 TIE = 1e-5
 "nats by which a candidate must be better than the truth, so that the rounding of one batch shape does not count"
 
@@ -93,15 +96,17 @@ def rank_of(view: View, secret: Secret, space: Space) -> Found:
     truth = _cut(model, encode(model, [secret.item])[0])
     digits = digit_tokens(model, secret, truth, space)
     if space.listed or 2**space.log2_size <= options.exposure_limit:
-        own, others = _nll(view, [truth, *_written(model, secret, truth, space.others(), digits=digits, space=space)])
-        return Found(1.0 + int((others < own - TIE).sum()), "exact")
-    if digits is not None and model.causal:
+        written = _written(model, secret, truth, space.others(), digits=digits, space=space)
+        nll = _nll(view, [truth, *written])
+        return Found(1.0 + int((nll[1:] < nll[0] - TIE).sum()), "exact")
+    own = token_scores(model, [truth])[0].nll
+    if digits is not None and model.causal and own < math.log(REACH * options.exposure_limit):
         better = search_better(model, truth, digits, limit=options.exposure_limit, batch_size=options.batch_size)
         if better is not None:
             return Found(1.0 + better, "exact")
     samples = space.sample(options.exposure_samples, seed=options.seed)
-    own, drawn = _nll(view, [truth, *_written(model, secret, truth, samples, digits=digits, space=space)])
-    rank = estimated_rank(float(own), drawn, log2_space=space.log2_size, normalized=model.causal)
+    drawn = _nll(view, _written(model, secret, truth, samples, digits=digits, space=space))
+    rank = estimated_rank(own, drawn, log2_space=space.log2_size, normalized=model.causal)
     return Found(rank, f"estimated from {options.exposure_samples} candidates")
 
 
@@ -110,10 +115,9 @@ def _cut(model: ScoringModel, example: Example) -> Example:
     return dataclasses.replace(example, ids=example.ids[: example.spans[0].end]) if model.causal else example
 
 
-def _nll(view: View, examples: Sequence[Example]) -> tuple[Float[Tensor, ""], Float[Tensor, " candidate"]]:
+def _nll(view: View, examples: Sequence[Example]) -> Float[Tensor, " candidate"]:
     scores = token_scores(view.model, examples, batch_size=view.options.batch_size)
-    nll = torch.tensor([found.nll for found in scores], dtype=torch.float64)
-    return nll[0], nll[1:]
+    return torch.tensor([found.nll for found in scores], dtype=torch.float64)
 
 
 DigitTokens = dict[int, tuple[int, ...]]
