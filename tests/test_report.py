@@ -677,3 +677,23 @@ def test_the_comparison_puts_key_measures_and_controls_side_by_side() -> None:
     assert rows["relearn: probability"] == ["0.81 [0.76, 0.86]", ""]
     assert rows["relearn, at its dose: never-knew control"] == ["0.32", ""]
     assert rows["verdict"] == ["Suppressed, not removed", "Not evaluated"]
+
+
+def test_parts_of_data_sets_have_a_table_of_their_own() -> None:
+    question = dataclasses.replace(a_measure("forget", 0.2, stage="after"), group="question")
+    evaluation = Evaluation(measures=(*measures_of(0.99, 0.04), question))
+    assert "question" not in [cell.text for row in tables.measures(evaluation).rows for cell in row]
+    parts = tables.measures(evaluation, parts=True)
+    assert [row[2].text for row in parts.rows] == ["question"]
+    assert parts.folded
+    assert parts.filter
+
+
+@pytest.mark.parametrize(
+    ("after", "width", "state"),
+    [(0.92, 0.05, "unchanged"), (0.33, 0.2, "partly"), (0.55, 0.5, "unchanged"), (0.04, 0.03, "gone")],
+)
+def test_a_wide_interval_of_a_full_score_hides_no_change(after: float, width: float, state: str) -> None:
+    full = dataclasses.replace(a_measure("forget", 1.0, name="accuracy"), low=0.4)
+    pair = judge.Pair(before=full, after=a_measure("forget", after, stage="after", name="accuracy", width=width))
+    assert judge.forgetting(pair, 0.0) == state

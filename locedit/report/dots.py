@@ -6,16 +6,20 @@ import plotly.graph_objects as go
 from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
 
+from locedit.report import judge
 from locedit.report.palette import STAGES, dress, plain
 from locedit.results import Evaluation, Measure, Stage
 
 
 def measures(evaluation: Evaluation) -> Figure:
-    """Every number with its interval, before, after and after attacks.
+    """Numbers with their intervals, before, after and after attacks.
 
+    Every measure of a whole data set, and of the metric that sums up the forget set also the parts, such as formats.
     One panel for each unit, since units share no axis.
     """
-    return dots([*evaluation.measures, *(a.headline for a in evaluation.attacks)])
+    pair = judge.primary(evaluation, "forget")
+    shown = [m for m in evaluation.measures if m.group is None or (pair is not None and m.name == pair.before.name)]
+    return dots([*shown, *(a.headline for a in evaluation.attacks)])
 
 
 def dots(numbers: Sequence[Measure]) -> Figure:

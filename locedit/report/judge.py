@@ -38,8 +38,10 @@ class Pair:
     after: Measure
 
     @property
-    def overlap(self) -> bool:
-        return interval(self.before).overlaps(interval(self.after))
+    def same(self) -> bool:
+        """Whether either value lies within the other's interval; the items are the same before and after."""
+        before, after = interval(self.before), interval(self.after)
+        return before.low <= after.value <= before.high or after.low <= before.value <= after.high
 
 
 def primary(evaluation: Evaluation, dataset: str, *, name: str | None = None) -> Pair | None:
@@ -65,12 +67,12 @@ def floor(evaluation: Evaluation, pair: Pair) -> float | None:
 def forgetting(pair: Pair, end: float | None) -> Forgetting:
     """How far the forget set went towards `end`, the floor.
 
-    "unchanged" when the intervals overlap, "worse" when it moved away, "gone" when it went at least 0.9 of the way,
-    "partly" when less; "unknown" when there is no floor to measure by or a number is missing.
+    "unchanged" when either value lies within the other's interval, "worse" when it moved away, "gone" when it went at
+    least 0.9 of the way, "partly" when less; "unknown" when there is no floor to measure by or a number is missing.
     """
     if not (isfinite(pair.before.value) and isfinite(pair.after.value)):
         return "unknown"
-    if pair.overlap:
+    if pair.same:
         return "unchanged"
     if end is None or pair.before.value == end:
         return "unknown"
@@ -83,7 +85,7 @@ def forgetting(pair: Pair, end: float | None) -> Forgetting:
 def damaged(pair: Pair) -> bool:
     """Whether the retained side got worse by more than its intervals allow."""
     drop = pair.before.value - pair.after.value
-    return not pair.overlap and (drop > 0 if pair.before.direction != "lower" else drop < 0)
+    return not pair.same and (drop > 0 if pair.before.direction != "lower" else drop < 0)
 
 
 # --- controls ------------------------------------------------------------------------------------------------------

@@ -209,7 +209,8 @@ def _measures(run: RunResults, anchor: str) -> Section:
         return Section(title=title, anchor=anchor, missing="No evaluation is in this run.")
     caption = "Open circles: before the edit; filled: after; diamonds: after an attack. The bars are 95 % intervals."
     drawn = [_view(figures.measures(run.evaluation), caption)]
-    listed = [tables.measures(run.evaluation), tables.definitions(run.evaluation)]
+    whole, parts = tables.measures(run.evaluation), tables.measures(run.evaluation, parts=True)
+    listed = [whole, parts if parts.rows else None, tables.definitions(run.evaluation)]
     return Section(title=title, anchor=anchor, tables=[table for table in listed if table], figures=drawn)
 
 

@@ -81,13 +81,17 @@ def _without_empty(table: TableView) -> TableView:
 # --- measures ------------------------------------------------------------------------------------------------------
 
 
-def measures(evaluation: Evaluation) -> TableView:
-    """One row for each measure: before, after, and after each attack, with intervals."""
+def measures(evaluation: Evaluation, *, parts: bool = False) -> TableView:
+    """One row for each measure of a whole data set: before, after, and after each attack, with intervals.
+
+    With `parts` instead the measures of parts of the data sets, such as formats, to sort and filter.
+    """
     attacked = [(a.name, {m.key: m for m in (*a.measures, a.headline)}) for a in evaluation.attacks]
     stages: dict[Stage, dict[str, Measure]] = {"before": {}, "after": {}, "attacked": {}}
     shown: dict[str, Measure] = {}
     for measure in (*evaluation.measures, *(a.headline for a in evaluation.attacks)):
-        shown.setdefault(measure.key, measure)
+        if (measure.group is not None) == parts:
+            shown.setdefault(measure.key, measure)
     for measure in evaluation.measures:
         stages[measure.stage][measure.key] = measure
     rows = [
@@ -108,8 +112,10 @@ def measures(evaluation: Evaluation) -> TableView:
     numbers = ["before", "after", "after attack", *(f"after {name}" for name, _ in attacked), "n"]
     columns = [Column(name=n, wide=n == "unit" and any(len(row[3].text) > 24 for row in rows)) for n in names]
     columns += [Column(name=n, numeric=True) for n in numbers] + [Column(name="note")]
+    title = "Measures of parts of the data sets" if parts else "Measures"
+    caption = "Mean with its 95 % bootstrap interval."
     return _without_empty(
-        TableView(title="Measures", columns=columns, rows=rows, caption="Mean with its 95 % bootstrap interval.")
+        TableView(title=title, columns=columns, rows=rows, caption=caption, filter=parts, folded=parts)
     )
 
 

@@ -52,8 +52,8 @@ def verdict(run: RunResults) -> Verdict:
 
     The label says, in this order:
 
-    - "Not forgotten": the forget set did not move beyond its intervals, or away from the floor (held-out items that the
-      model never knew, else the end of the metric's range)
+    - "Not forgotten": the forget set did not move beyond its intervals, or moved away from the floor (held-out
+      items that the model never knew, else the end of the metric's range)
     - "Partly forgotten": less than 0.9 of the way to the floor
     - "Suppressed, not removed": an attack brings back at least half of it, counted from the never-knew control
     - "Partly removed": an attack brings back less than half, but more than the control
@@ -123,7 +123,7 @@ def _effect(run: RunResults, pair: Pair, retain: Pair | None, *, state: Forgetti
 
 def _retained(retain: Pair, pair: Pair) -> str:
     what = "" if retain.before.name == pair.before.name else f" ({retain.before.unit or retain.before.name})"
-    if retain.overlap:
+    if retain.same:
         before, after = with_interval(retain.before), with_interval(retain.after)
         return f"the retain set keeps its level{what}, {before} before and {after} after"
     moved = "falls" if retain.after.value < retain.before.value else "rises"
