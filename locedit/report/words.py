@@ -116,7 +116,7 @@ def _effect(run: RunResults, pair: Pair, retain: Pair | None, *, state: Forgetti
         text = f"{action(run)} takes the forget set {moved}"
     if retain:
         text += f"; {_retained(retain, pair)}"
-    if run.comparison and (control := _random_clause(run.comparison)):
+    if run.comparison and (control := _random_clause(run.comparison, other_data=_other_data(run))):
         text += f"; {control}"
     return text + "."
 
@@ -130,7 +130,14 @@ def _retained(retain: Pair, pair: Pair) -> str:
     return f"the retain set {moved}{what} from {with_interval(retain.before)} to {with_interval(retain.after)}"
 
 
-def _random_clause(comparison: Comparison) -> str | None:
+def _other_data(run: RunResults) -> bool:
+    """Whether the comparison was made on other data than the evaluation, by the hashes of both."""
+    pieces = [run.evaluation, run.comparison]
+    hashes = {piece.provenance.data for piece in pieces if piece and piece.provenance and piece.provenance.data}
+    return len(hashes) > 1
+
+
+def _random_clause(comparison: Comparison, *, other_data: bool) -> str | None:
     """What random sets leave at the same dose, and what it costs them to reach the level."""
     random = [c for c in comparison.curves if c.role == "random"]
     if not random:
@@ -138,7 +145,13 @@ def _random_clause(comparison: Comparison) -> str | None:
     parts: list[str] = []
     if found := judge.same_dose(comparison, "random"):
         curve, index, left = found
-        parts.append(f"random sets of the same size leave {over_seeds(left)} at the same dose ({dose(curve, index)})")
+        where = ""
+        if other_data:
+            where = (
+                f"on the comparison's own data, where the found set leaves {number(curve.columns['forget'][index])}, "
+            )
+        said = f"{where}random sets of the same size leave {over_seeds(left)} at the same dose ({dose(curve, index)})"
+        parts.append(said)
     reached = [(c, c.matched) for c in random if c.matched is not None]
     level = f"the level {number(comparison.level)} ({comparison.metric})"
     if not reached:
