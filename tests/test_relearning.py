@@ -24,7 +24,7 @@ from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError
 from locedit.losses import score, sequence_nll, token_log_probs
 from locedit.models import Model, load
-from locedit.results import AttackResult, Evaluation
+from locedit.results import AttackResult, Evaluation, Measure
 from tests import tiny
 
 # --- a world that takes seconds -------------------------------------------------------------------------------------
@@ -96,6 +96,11 @@ FAST: dict[str, Any] = {
 def attacked() -> AttackResult:
     model, task = world()
     return relearn(model, task, hidden(), others={"random 1": hidden()}, **FAST)
+
+
+def level(found: AttackResult) -> Measure:
+    """The metric on the halves that were not relearned."""
+    return next(m for m in found.measures if (m.dataset, m.stage, m.group) == ("forget", "attacked", None))
 
 
 def state(model: Model) -> dict[str, torch.Tensor]:
@@ -306,13 +311,14 @@ def test_what_was_hidden_comes_back_and_what_was_never_known_does_not() -> None:
     }
     after = next(m for m in found.measures if (m.dataset, m.name, m.stage) == ("forget", "accuracy", "after"))
     assert after.value < 0.15
-    assert found.headline.value > 0.6
-    assert found.headline.low > by_group["never knew"].high
+    assert by_group[None].value > 0.6
+    assert by_group[None].low > by_group["never knew"].high
     assert by_group["never knew"].value < 0.4
     assert by_group["shallow"].value > 0.6
-    share = next(m for m in found.measures if m.name == "share_back" and m.group is None)
     never, before = by_group["never knew"].value, 1.0
-    assert share.value == pytest.approx((found.headline.value - never) / (before - never), abs=0.02)
+    assert found.headline.name == "share_back"
+    assert found.headline.value == pytest.approx((by_group[None].value - never) / (before - never), abs=0.02)
+    assert found.headline.low > 0.3
     assert found.sentence.startswith("Comes back")
     assert "with 12 items of 6 owners" in found.sentence
 
@@ -320,14 +326,15 @@ def test_what_was_hidden_comes_back_and_what_was_never_known_does_not() -> None:
 def test_the_same_edit_under_another_name_gives_the_same_numbers() -> None:
     found = attacked()
     random_sets = next(m for m in found.measures if m.group == "random")
-    assert random_sets.value == found.headline.value
-    assert random_sets.per_example == found.headline.per_example
+    assert random_sets.per_example == level(found).per_example
+    share = next(m for m in found.measures if m.group == "random 1")
+    assert (share.name, share.value, share.low) == ("share_back", found.headline.value, found.headline.low)
     assert "a random set of the same size: " in found.sentence
 
 
 def test_every_item_is_counted_while_its_owner_was_not_relearned() -> None:
     found = attacked()
-    assert set(found.headline.per_example) == {item.id for item in world()[1].forget}
+    assert set(level(found).per_example) == {item.id for item in world()[1].forget}
     curves = [curve for curve in found.curves if curve.role == "found"]
     assert [curve.seed for curve in curves] == [0, 1]
     for curve in curves:
@@ -336,7 +343,7 @@ def test_every_item_is_counted_while_its_owner_was_not_relearned() -> None:
         assert curve.columns["recovered"][0] < 0.2
         assert curve.matched is not None
     counted = sum(curve.columns["recovered"][curve.matched or 0] for curve in curves) / 2
-    assert counted == pytest.approx(found.headline.value)
+    assert counted == pytest.approx(level(found).value)
 
 
 def test_the_attack_leaves_the_model_and_repeats_itself() -> None:
@@ -356,7 +363,7 @@ def test_lora_brings_it_back_too() -> None:
     before = state(model)
     found = relearn(model, task, hidden(), **FAST | {"controls": False, "hold": "lora", "learning_rates": (1e-2,)})
     assert found.settings["trained"] == "lora"
-    assert found.headline.value > 0.5
+    assert level(found).value > 0.5
     assert same(model, before)
 
 
@@ -386,14 +393,14 @@ def test_edits_held_otherwise_are_attacked_with_the_edit_in_place(kind: str) -> 
     assert edit.kind == kind
     probes = {"forget": encode(model, task.forget)}
     with edit.applied(model) as edited:
-        level = levels(edited, probes)["forget"]
-    assert level < levels(model, probes)["forget"] - 0.1
+        reached = levels(edited, probes)["forget"]
+    assert reached < levels(model, probes)["forget"] - 0.1
     options = FAST | {"controls": False, "steps": 2, "look_every": 2, "metric": "probability"}
     found = relearn(model, task, edit, **options)
     after = next(m for m in found.measures if (m.dataset, m.stage) == ("forget", "after"))
-    assert after.value == pytest.approx(level, rel=1e-4)
+    assert after.value == pytest.approx(reached, rel=1e-4)
     starts = [curve.columns["recovered"][0] for curve in found.curves]
-    assert sum(starts) / len(starts) == pytest.approx(level, rel=1e-4)
+    assert sum(starts) / len(starts) == pytest.approx(reached, rel=1e-4)
     assert found.curves[0].columns["recovered"][-1] != starts[0]
     assert same(model, before)
 

@@ -100,7 +100,7 @@ def finding(found: Findings) -> AttackResult:
     return AttackResult(
         name="relearn",
         sentence=sentence(found),
-        headline=_headline(found, note="; ".join(notes)),
+        headline=_share_measure(found, found.arms[0], note="; ".join(notes)),
         curves=tuple(_curve(found, arm, run) for arm in found.arms for run in arm.runs),
         measures=tuple(_measures(found)),
         settings=plain(found.options)
@@ -207,8 +207,10 @@ def _curve(found: Findings, arm: Arm, run: Run) -> Curve:
     )
 
 
-def _share_measure(found: Findings, arm: Arm) -> Measure:
+def _share_measure(found: Findings, arm: Arm, *, note: str = "") -> Measure:
+    """The number of the attack: how much is there on the halves that were not relearned, over all splits."""
     share = found.share(arm)
+    name = arm.name if arm.role == "other" or arm.role in arm.name else f"{arm.role}: {arm.name}"
     return Measure(
         name=SHARE,
         dataset="forget",
@@ -216,10 +218,11 @@ def _share_measure(found: Findings, arm: Arm) -> Measure:
         low=share.low,
         high=share.high,
         n=len(arm.items),
-        group=None if arm.role == "found" else arm.name,
+        group=None if arm.role == "found" else name,
         stage="attacked",
         direction="lower",
         unit="share of the level before the edit, above never-known items",
+        note=note,
     )
 
 
@@ -231,7 +234,6 @@ def _level(
     dataset: str,
     stage: Stage,
     group: str | None = None,
-    note: str = "",
 ) -> Measure:
     """The metric over items, each given as (id, owner)."""
     directions: dict[str, Direction] = {"forget": "lower", "retain": "higher"}
@@ -250,7 +252,6 @@ def _level(
         direction=directions.get(dataset, "neutral"),
         unit="share" if found.metric != "probability" else "probability",
         range=bounds,
-        note=note,
         per_example=dict(zip((name for name, _ in items), values.double().tolist(), strict=True)),
     )
 
@@ -259,18 +260,13 @@ def _named(items: Sequence[Item]) -> list[tuple[str, str]]:
     return list(zip((item.id for item in items), keys(items), strict=True))
 
 
-def _headline(found: Findings, *, note: str) -> Measure:
-    """The metric on the half that was not relearned, at the dose; over all splits."""
-    main = found.arms[0]
-    return _level(found, found.back(main), _named(main.items), dataset="forget", stage="attacked", note=note)
-
-
 def _measures(found: Findings) -> list[Measure]:
     """Levels before and after the edit and of every role, the retain side, and the share that is back in every arm."""
     main = found.arms[0]
     made = [
         _level(found, found.before, _named(main.items), dataset="forget", stage="before"),
         _level(found, found.after, _named(main.items), dataset="forget", stage="after"),
+        _level(found, found.back(main), _named(main.items), dataset="forget", stage="attacked"),
     ]
     for role in dict.fromkeys(arm.role for arm in found.arms[1:]):
         arms = [arm for arm in found.arms if arm.role == role]
@@ -281,7 +277,7 @@ def _measures(found: Findings) -> list[Measure]:
         kept = list(zip(found.retain_ids, found.retain_owners, strict=True))
         made.append(_level(found, found.retain_after, kept, dataset="retain", stage="after"))
         made.append(_level(found, found.retained(main), kept, dataset="retain", stage="attacked"))
-    return made + [_share_measure(found, arm) for arm in found.arms if arm.role != "never knew"]
+    return made + [_share_measure(found, arm) for arm in found.arms if arm.role not in ("found", "never knew")]
 
 
 def _doses(found: Findings) -> list[dict[str, Any]]:
