@@ -7,9 +7,11 @@ et al. 2022, arXiv:2104.08696, eq. 2). Higher = the neuron raises the objective.
 objective at the path's end minus that at its start; what is missing is the completeness gap.
 
 A fixed number of steps is not enough on trained models: a memorised fact can jump from 0 to 1 within a tenth of the
-path. So by default the number of Gauss-Legendre points is doubled, for each layer and token, until the gap is small.
+path. So by default the number of Gauss-Legendre points is doubled, for each layer and token, until the gap is small;
+where a norm follows the MLP they crowd near the path's start (see `quadrature.graded`).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,7 +25,7 @@ from locedit.data.encode import Example
 from locedit.errors import LoceditError
 from locedit.localize.captum_path import CaptumPaths
 from locedit.localize.paths import Objective, Paths, Prompt, Where, objective_value, prompts_of
-from locedit.localize.quadrature import Quadrature, rule
+from locedit.localize.quadrature import Quadrature, graded, rule
 from locedit.localize.staircase import Staircase
 from locedit.models import Model
 
@@ -163,7 +165,7 @@ def _of_prompts(
         paths = (Staircase if staircase else CaptumPaths)(
             model, prompts, objective=options.objective, memory_mb=options.memory_mb
         )
-        found = integrate(paths, options, layers=model.n_layers, dtype=model.dtype)
+        found = integrate(paths, options, layers=model.n_layers, dtype=model.dtype, normed=has_output_norm(model))
         for row, (index, _) in enumerate(chunk):
             parts.setdefault(index, []).append(_attribution(paths, found, index=index, row=row))
         done = {index for index, _ in chunk} - {index for index, _ in waiting[begin + size :]}
@@ -171,22 +173,30 @@ def _of_prompts(
             yield _joined(parts.pop(index), span=options.span)
 
 
-def integrate(paths: Paths, options: GradientOptions, *, layers: int, dtype: torch.dtype) -> Integrals:
-    """All integrals, with a fixed rule or with as many points as each needs."""
+def has_output_norm(model: Model) -> bool:
+    """Whether a norm follows the MLP (Gemma 2 and 3), so that paths change near their start."""
+    return model.anatomy.has("blocks.0.ln2_post")
+
+
+def integrate(
+    paths: Paths, options: GradientOptions, *, layers: int, dtype: torch.dtype, normed: bool = False
+) -> Integrals:
+    """All integrals, with a fixed rule or with as many points as each needs; `normed` as in `has_output_norm`."""
     active = paths.valid[:, :, None].expand(-1, -1, layers)
     end = objective_value(paths.reached, options.objective)[:, :, None]
     steps = options.steps or (FIRST_STEPS if options.quadrature == "gauss" else 20)
     used = torch.full_like(active, steps, dtype=torch.long)
-    sums = paths.integrate(rule(options.quadrature, steps), active)
+    adaptive = options.quadrature == "gauss" and options.steps is None
+    dense = graded if adaptive and normed else functools.partial(rule, options.quadrature)
+    sums = paths.integrate(dense(steps), active)
     scores, start = sums.scores, sums.start
     allowed = (end - start).abs().clamp(min=SMALLEST_CHANGE)
     gap = _gap(scores, end - start, paths.valid)
     resolvable = options.tolerance if dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
     aim = max(options.tolerance, resolvable) * allowed
-    adaptive = options.quadrature == "gauss" and options.steps is None
     while adaptive and 2 * steps <= options.max_steps and bool((todo := active & (gap > aim)).any()):
         steps *= 2
-        again = paths.integrate(rule("gauss", steps), todo)
+        again = paths.integrate(dense(steps), todo)
         scores = torch.where(todo[..., None], again.scores, scores)
         used = torch.where(todo, steps, used)
         gap = _gap(scores, end - start, paths.valid)

@@ -41,11 +41,11 @@ class Rows:
     """The rows of one pass, by the layer where they enter."""
 
     prompt: Int[Tensor, " sequence"]
-    target: list[Int[Tensor, "sequence row"]]
-    alpha: list[Float[Tensor, "sequence row"]]
-    weight: list[Float[Tensor, "sequence row"]]
+    target: list[Int[Tensor, "sequence _row"]]
+    alpha: list[Float[Tensor, "sequence _row"]]
+    weight: list[Float[Tensor, "sequence _row"]]
     "of the gradient; 0 where only the value is wanted"
-    point: list[Int[Tensor, "sequence row"]]
+    point: list[Int[Tensor, "sequence _row"]]
     "as in Column; -1 = padding"
 
     def to(self, device: torch.device) -> "Rows":
@@ -84,7 +84,7 @@ def as_rows(
 
         def table(values: list[list[Any]], padding: float, width: int = width) -> Tensor:
             rows = [[*row, *[padding] * (width - len(row))] for row in values]
-            return torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
+            return torch.tensor(rows, dtype=torch.float64).reshape(len(values), width)
 
         parts["target"].append(table([[c.target for c in row] for row in here], 0).long())
         parts["point"].append(table([[c.point for c in row] for row in here], -1).long())

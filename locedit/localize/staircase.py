@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -93,7 +93,7 @@ class Staircase:
         self.values: list[Tensor] = [layer.values[:, :, : self.length] for layer in layers]
         self.visible = {layer: self._visible(call.get("attention_mask")) for layer, call in self.calls.items()}
 
-    def _at_targets(self, value: Float[Tensor, "prompt pos *rest"]) -> Float[Tensor, "prompt target *rest"]:
+    def _at_targets(self, value: Shaped[Tensor, "prompt pos *rest"]) -> Shaped[Tensor, "prompt target *rest"]:
         device = value.device
         return value[self.prompt.to(device), self.positions.to(device)].detach()
 
