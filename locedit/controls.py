@@ -58,7 +58,8 @@ def compare(
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
-    settings = options | {"hold": hold, "seeds": list(seeds)}
+    seeds = list(seeds)
+    settings = options | {"hold": hold, "seeds": seeds}
     with measure(f"compare {name}", model=model, data=task, settings=settings) as measured:
         probes = _probes(model, task)
         if METHODS[name].trained:

@@ -103,7 +103,7 @@ def test_losses_equal_their_formulas_whatever_the_padding(architecture: str, cas
     assert len({len(e.ids) for e in forget + retain}) > 2  # so there is padding
     found = METHODS[name].function(step, prepare(name, task, **OPTIONS[case]))
     wanted = expected(model, start, case, forget, retain)
-    assert {term: float(value) for term, value in found.items()} == pytest.approx(wanted, rel=1e-5)
+    assert {term: value.item() for term, value in found.items()} == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", list(OPTIONS))
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_the_loss(case: str) -> None:
             weight.add_(sign * 1e-5 * direction)
             ends.append(loss())
             weight.sub_(sign * 1e-5 * direction)
-    assert float((gradient * direction).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4)
+    assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]).item() / 2e-5, rel=1e-4)
 
 
 # --- methods on a model -----------------------------------------------------------------------------------------------

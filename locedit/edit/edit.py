@@ -121,7 +121,9 @@ class Edit:
         if self.parts:
             return " then ".join(map(str, self.parts))
         method = self.provenance.method if self.provenance else self.kind
-        where = f"within {self.within}" if self.within is not None else "of the whole model"
+        where = "of the whole model"
+        if self.within is not None:
+            where = f"within {len(self.within):,} components ({', '.join(self.within.units)})"
         return f"{method} held as {self.kind}, {len(self):,} numbers, {where}"
 
     def __repr__(self) -> str:
