@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from locedit._callable import make_callable
+from locedit.data.encode import encode
 from locedit.data.items import KINDS, Dataset, Item, Task
 from locedit.errors import LoceditError, nearest
 from locedit.localize import baselines, depn, knowledge_neurons
+from locedit.localize.integrated_gradients import FIRST_STEPS, GradientOptions
+from locedit.localize.staircase import row_bytes
 from locedit.models import Model
 from locedit.options import fill
 from locedit.provenance import measure
@@ -88,6 +91,10 @@ LOCALIZERS: dict[str, Localizer] = {
 }
 
 
+TRIED = 8
+"items that an estimate runs"
+
+
 class Cost(NamedTuple):
     """What a run will about take."""
 
@@ -105,19 +112,36 @@ def localize(model: Model, data: Task | Dataset | Sequence[Item], name: str, **o
 
 
 def estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **options: Any) -> Cost:
-    """Time and memory that `localize` will about need, from running one item of median length.
+    """Time and memory that `localize` will about need, from running a few items, short and long ones.
 
-    Right within a factor of two or so: adaptive integration takes more points for some items than for others, and
-    several items at a time are faster than one.
+    Right within a factor of two or so: adaptive integration takes more points for some items than for others. Memory is
+    an upper bound beside the model.
     """
     method, task, settings = _prepared(model, data, name, options)
     items = sorted(task.forget, key=_length)
-    one = dataclasses.replace(task, forget=task.forget.replace([items[len(items) // 2]]))
+    count = min(len(items), TRIED)
+    tried = [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+    method.function(model, _only(task, tried[:1]), settings)  # what happens only once
     start = time.perf_counter()
-    method.function(model, one, settings)
-    seconds = (time.perf_counter() - start) * (len(items) if method.requires else 1)
-    kept = 8 * model.n_layers * model.d_mlp * 4
-    return Cost(seconds=seconds, bytes=kept + getattr(settings, "memory_mb", 0) * 2**20)
+    method.function(model, _only(task, tried), settings)
+    seconds = (time.perf_counter() - start) * (len(items) / count if method.requires else 1)
+    return Cost(seconds=seconds, bytes=_memory(model, task, settings))
+
+
+def _only(task: Task, items: Sequence[Item]) -> Task:
+    return dataclasses.replace(task, forget=task.forget.replace(items))
+
+
+def _memory(model: Model, task: Task, settings: Any) -> int:
+    """The scores as they are summed up, and for gradients the rows of one pass, at most the budget."""
+    kept = 4 * 8 * model.n_layers * model.d_mlp
+    if not isinstance(settings, GradientOptions):
+        return kept
+    examples = encode(model, task.forget)
+    length = max(len(example.ids) for example in examples)
+    targets = max(len(example.targets) for example in examples)
+    rows = settings.batch * targets * model.n_layers * 2 * (settings.steps or FIRST_STEPS)
+    return kept + min(settings.memory_mb * 2**20, rows * row_bytes(model, length))
 
 
 def _length(item: Item) -> int:

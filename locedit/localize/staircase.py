@@ -159,15 +159,7 @@ class Staircase:
         return columns, checks
 
     def _most_rows(self) -> int:
-        """How many rows fit into the memory: what autograd keeps of a row, its share of the prefix, and its logits."""
-        model = self.model
-        size = torch.finfo(model.dtype).bits // 8
-        keys = self.length + min(max(self.length, SHORTEST), LONGEST)
-        attention = keys * (3 * model.n_heads if attention_of(model) == "eager" else 2)
-        copies = keys if self.own_mask else 2 * keys / min(max(self.length, SHORTEST), LONGEST)
-        attention += int(copies * 2 * model.n_heads * model.d_head)
-        row = model.n_layers * size * (12 * model.d_model + 4 * model.d_mlp + attention) + 16 * model.vocab_size
-        return max(1, self.memory // row)
+        return max(1, self.memory // row_bytes(self.model, self.length))
 
     def _climb(self, climb: Climb) -> tuple[list[Tensor], list[Tensor]]:
         """The objective of every row and its weighted gradient by the neurons where it entered, layer by layer."""
@@ -227,6 +219,17 @@ def builds_own_mask(module: nn.Module) -> bool:
     """
     config: Any = getattr(module, "config", None)
     return "local" in (getattr(config, "attention_layers", None) or ())
+
+
+def row_bytes(model: Model, length: int) -> int:
+    """What autograd keeps of a row, its share of a prefix of that length, and its logits; on the large side."""
+    size = torch.finfo(model.dtype).bits // 8
+    rows = min(max(length, SHORTEST), LONGEST)
+    keys = length + rows
+    attention = keys * (3 * model.n_heads if attention_of(model) == "eager" else 2)
+    copies = keys if builds_own_mask(model.module) else 2 * keys / rows
+    attention += int(copies * 2 * model.n_heads * model.d_head)
+    return model.n_layers * size * (12 * model.d_model + 4 * model.d_mlp + attention) + 16 * model.vocab_size
 
 
 def attention_of(model: Model) -> str:
