@@ -51,14 +51,13 @@ def _where(text: str) -> dict[str, list[str]]:
     return wanted
 
 
-def _about(args: argparse.Namespace, model: Model, task: Task) -> dict[str, Any]:
+def _about(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """What all stages of one run share; what each was made from stands in its stage.json."""
     return {
         "model": str(args.model),
         "fingerprint": model.fingerprint,
         "data": str(args.data),
-        "data_hash": task.hash,
         "fields": args.fields,
-        "where": args.where,
         "chat": args.chat,
     }
 
@@ -96,7 +95,7 @@ def localize_command(args: argparse.Namespace) -> None:
         control = _control_scores(args, model, name, options[name])
         chosen = scores.select(**budget, sign=args.sign, minus=control) if budget else None
         found.append((scores, chosen))
-    run_folder.write_once("run.json", _about(args, model, task))
+    run_folder.write_once("run.json", _about(args, model))
     for name, (scores, chosen) in zip(names, found, strict=True):
         _say_scores(run_folder.folder / "localize" / name, scores)
         if chosen is not None:
@@ -155,11 +154,15 @@ def _say_scores(folder: Path, scores: Scores) -> None:
 def edit_command(args: argparse.Namespace) -> None:
     """Make an edit inside a set, and its controls when asked for."""
     from locedit.edit import Edit
-    from locedit.unlearn import METHODS, unlearn
+    from locedit.unlearn import METHODS, prepare, unlearn
 
     options = _method_options(METHODS, args.method, args.extra)
+    if args.controls and not args.within:
+        raise LoceditError("--controls compares a set with random sets of the same size; give --within")
+    asked = ComponentSet.load(args.within) if args.within else None
+    prepare(args.method, read_data(args), within=asked, hold=args.hold, **options)
     run_folder, model, task = _start(args)
-    within = model.bind(ComponentSet.load(args.within)) if args.within else None
+    within = model.bind(asked) if asked else None
     _say_memory(model, within, args.hold)
     edit = run_folder.stage(
         "edit",
@@ -169,31 +172,64 @@ def edit_command(args: argparse.Namespace) -> None:
         load=Edit.load,
         on_reuse=_reused,
     )
-    run_folder.write_once("run.json", _about(args, model, task))
+    run_folder.write_once("run.json", _about(args, model))
     note(f"{run_folder.folder / 'edit'}: {edit}")
-    if args.controls:
+    if args.controls and within is not None:
         _compare(run_folder, model, task, edit, args, options, within)
 
 
 def _compare(
-    run_folder: Run, model: Model, task: Task, edit: Any, args: argparse.Namespace, options: dict[str, Any], within: Any
+    run_folder: Run,
+    model: Model,
+    task: Task,
+    edit: Any,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    within: ComponentSet,
 ) -> None:
     from locedit.controls import compare
     from locedit.results import Comparison
 
-    if within is None:
-        raise LoceditError("--controls compares a set with random sets of the same size; give --within")
+    def save(made: Comparison, folder: Path) -> None:
+        made.save(folder / "comparison.json")
+        for name, control in made.edits.items():
+            control.save(folder / "edits" / name.replace(" ", "-"))
+
     comparison = run_folder.stage(
         "comparison",
-        _key(model, task, edit=edit.summary(), controls=args.controls),
-        lambda: compare(model, task, args.method, within=within, hold=args.hold, seeds=range(args.controls), **options),
-        save=lambda made, folder: made.save(folder / "comparison.json"),
+        _key(model, task, edit=edit.digest, controls=args.controls),
+        lambda: compare(
+            model,
+            task,
+            args.method,
+            within=within,
+            hold=args.hold,
+            seeds=range(args.controls),
+            scores=_scores_behind(within, run_folder),
+            edit=edit,
+            **options,
+        ),
+        save=save,
         load=lambda folder: Comparison.load(folder / "comparison.json"),
         on_reuse=_reused,
     )
     note(
         f"{run_folder.folder / 'comparison'}: {len(comparison.curves)} dose curves, compared at {comparison.level:.3g}"
     )
+
+
+def _scores_behind(within: ComponentSet, run_folder: Run) -> Scores | None:
+    """The scores of the run that the set was chosen from, to order its components; None when they are elsewhere."""
+    folder = run_folder.folder / "localize" / (within.provenance.method if within.provenance else "")
+    return Scores.load(folder) if (folder / "scores.json").exists() else None
+
+
+def _control_edits(edit_folder: str) -> dict[str, Any]:
+    """The edits of the random controls that stand beside an edit in its run folder."""
+    from locedit.edit import Edit
+
+    folders = sorted((Path(edit_folder).parent / "comparison" / "edits").glob("*/edit.json"))
+    return {path.parent.name.replace("-", " "): Edit.load(path.parent) for path in folders}
 
 
 def _identity(within: ComponentSet | None) -> dict[str, Any] | None:
@@ -230,15 +266,28 @@ def evaluate_command(args: argparse.Namespace) -> None:
     metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
     run_folder, model, task = _start(args)
     edit = Edit.load(args.edit) if args.edit else None
+    others = _control_edits(args.edit) if edit and attacks else {}
+    if others:
+        note(f"also attacked: {', '.join(others)}, from {Path(args.edit).parent / 'comparison'}")
     evaluation = run_folder.stage(
         "evaluation",
-        _key(model, task, edit=edit.summary() if edit else None, metrics=metrics, attacks=options, seed=args.seed),
-        lambda: evaluate(model, task, edit, attacks, attack_options=options, metrics=metrics, seed=args.seed),
+        _key(
+            model,
+            task,
+            edit=edit.digest if edit else None,
+            others={name: other.digest for name, other in others.items()},
+            metrics=metrics,
+            attacks=options,
+            seed=args.seed,
+        ),
+        lambda: evaluate(
+            model, task, edit, attacks, attack_options=options, others=others, metrics=metrics, seed=args.seed
+        ),
         save=lambda made, folder: made.save(folder / "evaluation.json"),
         load=lambda folder: Evaluation.load(folder / "evaluation.json"),
         on_reuse=_reused,
     )
-    run_folder.write_once("run.json", _about(args, model, task))
+    run_folder.write_once("run.json", _about(args, model))
     for measure in evaluation.measures:
         if measure.group is None:
             note(str(measure))

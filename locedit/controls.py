@@ -55,6 +55,9 @@ def compare(
     default what the found edit ends with. `scores` orders the components of the found set for zero, mean and scale, and
     lets the dose go beyond it; without it the order is random. `complement` is on for zero, mean and scale, where it
     costs one measurement. `edit`, made by the same method inside `within`, saves training it again.
+
+    The result's `edits` are those of the random sets: a trained one as it ended (at the level, or at the last step), an
+    ablated one at the size of the found set.
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
@@ -67,14 +70,16 @@ def compare(
             curves, reached = made.curves(
                 within, seeds=seeds, level=level, everything=everything, complement=bool(complement), edit=edit
             )
+            edits = made.edits
         else:
             ablated = _Ablated(model, task, name, hold=hold, options=options, probes=probes)
             shown = complement if complement is not None else True
             curves, reached = ablated.curves(
                 within, seeds=seeds, level=level, everything=everything, complement=shown, scores=scores
             )
+            edits = ablated.edits
     metric = "token probability" if getattr(chosen, "level", "probability") != "probability" else "answer probability"
-    return Comparison(metric=metric, level=reached, curves=tuple(curves), provenance=measured.provenance)
+    return Comparison(metric=metric, level=reached, curves=tuple(curves), provenance=measured.provenance, edits=edits)
 
 
 def _probes(model: Model, task: Task) -> dict[str, list[Example]]:
@@ -128,6 +133,7 @@ class _Trained:
     ) -> None:
         self.model, self.task, self.name, self.hold, self.options = model, task, name, hold, options
         self.probes = probes
+        self.edits: dict[str, Edit] = {}
 
     def curves(
         self,
@@ -140,7 +146,9 @@ class _Trained:
         edit: Edit | None,
     ) -> tuple[list[Curve], float]:
         """The found edit's curve first, then its controls', each trained until the level or the last step."""
-        found = self._rows(within, until=level if level is not None else self.options.until, edit=edit)
+        if edit is None or not set(self.probes) <= set(edit.history):
+            edit = self._train(within, until=level if level is not None else self.options.until)
+        found = self._rows(edit)
         reached = level if level is not None else found[-1]["forget"]
         controls: list[_Control] = [
             ("random", f"random {seed}", seed, other) for seed, other in random_sets(within, seeds).items()
@@ -151,15 +159,18 @@ class _Trained:
             controls.append(("complement", "complement", None, ~within))
         curves = [_curve(found, role="found", name="found", x_name="steps", level=reached)]
         for role, name, seed, where in progress.track(controls, "controls"):
-            rows = self._rows(where, until=reached)
-            curves.append(_curve(rows, role=role, name=name, x_name="steps", level=reached, seed=seed))
+            made = self._train(where, until=reached)
+            if role == "random":
+                self.edits[name] = made
+            curves.append(_curve(self._rows(made), role=role, name=name, x_name="steps", level=reached, seed=seed))
         return curves, reached
 
-    def _rows(self, within: ComponentSet | None, *, until: float | None, edit: Edit | None = None) -> list[Row]:
-        if edit is None or not set(self.probes) <= set(edit.history):
-            options = dataclasses.replace(self.options, until=until)
-            goal = dataclasses.replace(objective(self.model, self.task, self.name, options=options), probes=self.probes)
-            edit = train(self.model, goal, within=within, options=options, hold=self.hold)  # type: ignore[arg-type]
+    def _train(self, within: ComponentSet | None, *, until: float | None) -> Edit:
+        options = dataclasses.replace(self.options, until=until)
+        goal = dataclasses.replace(objective(self.model, self.task, self.name, options=options), probes=self.probes)
+        return train(self.model, goal, within=within, options=options, hold=self.hold)  # type: ignore[arg-type]
+
+    def _rows(self, edit: Edit) -> list[Row]:
         table = edit.history
         measured = [at for at, value in enumerate(table["forget"]) if value is not None]
         return [{"steps": float(table["step"][at])} | {key: table[key][at] for key in self.probes} for at in measured]
@@ -183,6 +194,7 @@ class _Ablated:
     ) -> None:
         self.model, self.task, self.name, self.hold, self.options = model, task, name, hold, options
         self.probes = probes
+        self.edits: dict[str, Edit] = {}
         self.start = levels(model, probes)
         self.x_name = "components"
 
@@ -205,7 +217,9 @@ class _Ablated:
         reached = level if level is not None else next(r["forget"] for r in found if r[self.x_name] == len(within))
         curves = [_curve(found, role="found", name="found", x_name=self.x_name, level=reached)]
         for seed in progress.track(seeds, "controls"):
-            rows = self._rows(random_order(within, order[: len(within)], seed), size=len(within), level=reached)
+            shuffled = random_order(within, order[: len(within)], seed)
+            self.edits[f"random {seed}"] = self._edit(shuffled[: len(within)])
+            rows = self._rows(shuffled, size=len(within), level=reached)
             curves.append(
                 _curve(rows, role="random", name=f"random {seed}", x_name=self.x_name, level=reached, seed=seed)
             )
@@ -234,13 +248,15 @@ class _Ablated:
     def _row(self, places: Sequence[Component]) -> Row:
         if not places:
             return {self.x_name: 0.0} | self.start
+        with self._edit(places).applied(self.model) as edited:
+            return {self.x_name: float(len(places))} | levels(edited, self.probes)
+
+    def _edit(self, places: Sequence[Component]) -> Edit:
         chosen: dict[str, list[int]] = {}
         for site, index in places:
             chosen.setdefault(site, []).append(index)
         part = self.model.components(chosen)
-        edit = unlearn(self.model, self.task, self.name, within=part, hold=self.hold, **self.options)
-        with edit.applied(self.model) as edited:
-            return {self.x_name: float(len(places))} | levels(edited, self.probes)
+        return unlearn(self.model, self.task, self.name, within=part, hold=self.hold, **self.options)
 
 
 def doses(size: int, limit: int) -> list[int]:

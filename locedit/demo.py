@@ -26,35 +26,37 @@ def demo(out: str | Path, *, arch: str = "gpt2", seed: int = 0, force: bool = Fa
     return folder / "report.html"
 
 
+WORLDS = {
+    "private": (["--where", "group=x10,group=x20,group=x50"], "20"),
+    "facts": (["--where", "format=statement"], "5"),
+}
+"""World -> which of its forget items to localize and edit on, and the weight of the retain data in NPO."""
+
+METHODS = {
+    "zero": [],
+    "npo": ["--until", "0.1", "--learning-rate", "3e-3", "--batch-size", "24", "--steps", "80", "--eval-every", "5"],
+}
+
+
 def commands(folder: Path, *, arch: str, seed: int) -> list[list[str]]:
     """The command lines of the demo."""
     lab = folder / "lab"
     lines = [["lab", "--arch", arch, "--seed", str(seed), "--out", str(lab)]]
     runs: list[str] = []
-    for world, where in (("private", None), ("facts", "format=statement")):
-        for method in ("zero", "npo"):
+    for world in WORLDS:
+        for method in METHODS:
             runs.append(str(folder / f"{world}-{method}"))
-            lines += _one_run(str(lab / "model"), str(lab / world), method, runs[-1], where)
+            lines += _one_run(lab, world, method, runs[-1])
     return [*lines, ["report", *runs, "--out", str(folder / "report.html"), "--force"]]
 
 
-def _one_run(model: str, data: str, method: str, out: str, where: str | None) -> list[list[str]]:
-    chosen = ["--where", where] if where else []
+def _one_run(lab: Path, world: str, method: str, out: str) -> list[list[str]]:
+    """Find 100 neurons, edit inside them beside three random sets, evaluate and attack."""
+    model_and_data = [str(lab / "model"), str(lab / world), *WORLDS[world][0]]
+    options = METHODS[method] and [*METHODS[method], "--retain-weight", WORLDS[world][1]]
+    within = ["--within", f"{out}/components.json"]
     return [
-        ["localize", model, data, *chosen, "--method", "depn", "--top", "50", "--out", out],
-        [
-            "edit",
-            model,
-            data,
-            *chosen,
-            "--within",
-            f"{out}/components.json",
-            "--method",
-            method,
-            "--controls",
-            "3",
-            "--out",
-            out,
-        ],
-        ["evaluate", model, data, "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
+        ["localize", *model_and_data, "--method", "depn", "--top", "100", "--out", out],
+        ["edit", *model_and_data, *within, "--method", method, *options, "--controls", "3", "--out", out],
+        ["evaluate", *model_and_data, "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
     ]

@@ -12,6 +12,8 @@ from locedit.storage import read_json, write_json
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from locedit.edit import Edit
+
 Direction = Literal["higher", "lower", "neutral"]
 Stage = Literal["before", "after", "attacked"]
 Role = Literal["found", "random", "everything", "complement", "never knew", "shallow", "unedited", "other"]
@@ -81,6 +83,8 @@ class Comparison:
     "the forget level at which all are compared"
     curves: tuple[Curve, ...]
     provenance: Provenance | None = None
+    edits: "dict[str, Edit]" = field(default_factory=dict[str, Any], compare=False, repr=False)
+    "the random controls' edits by name, for attacks on them; not part of the JSON file"
 
     def at_level(self, role: Role) -> list[dict[str, float] | None]:
         """The columns of every curve of that role at the matched dose; None where the level was not reached."""
@@ -91,7 +95,7 @@ class Comparison:
         ]
 
     def save(self, path: str | Path) -> None:
-        write_json(path, to_json(self))
+        write_json(path, to_json(dataclasses.replace(self, edits={})))
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
