@@ -3,19 +3,19 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task, read_task
 from locedit.errors import LoceditError, nearest
+from locedit.listing import methods_command, metrics_command
 from locedit.models import Model, load
-from locedit.options import describe, parse
+from locedit.registries import localizers, method_options
 from locedit.runs import Run
 from locedit.select import BUDGETS, check_budget
 from locedit.storage import read_json, refuse_overwrite
-from locedit.terminal import note, showing_progress, table
+from locedit.terminal import note, showing_progress
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def _reused(folder: str) -> None:
 def localize_command(args: argparse.Namespace) -> None:
     """Score, save, and select when a budget is given."""
     names = [name.strip() for name in args.method.split(",") if name.strip()]
-    options = {name: _method_options(_localizers(), name, args.extra, several=names) for name in names}
+    options = {name: method_options(localizers(), name, args.extra, several=names) for name in names}
     budget = {name: getattr(args, name) for name in BUDGETS if getattr(args, name) is not None}
     if budget:
         check_budget(**budget, sign=args.sign)
@@ -156,7 +156,7 @@ def edit_command(args: argparse.Namespace) -> None:
     from locedit.edit import Edit
     from locedit.unlearn import METHODS, prepare, unlearn
 
-    options = _method_options(METHODS, args.method, args.extra)
+    options = method_options(METHODS, args.method, args.extra)
     if args.controls and not args.within:
         raise LoceditError("--controls compares a set with random sets of the same size; give --within")
     asked = ComponentSet.load(args.within) if args.within else None
@@ -260,7 +260,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     for name in attacks:
         if name not in ATTACKS:
             raise LoceditError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
-    options = {name: _method_options(ATTACKS, name, args.extra, several=attacks) for name in attacks}
+    options = {name: method_options(ATTACKS, name, args.extra, several=attacks) for name in attacks}
     if args.extra and not attacks:
         raise LoceditError(f"unknown option --{next(iter(args.extra))}; options after --attacks belong to an attack")
     metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
@@ -346,89 +346,6 @@ def demo_command(args: argparse.Namespace) -> None:
         raise LoceditError(f"demo has no option --{next(iter(args.extra))}")
     page = demo(args.out, arch=args.arch, seed=args.seed, force=args.force)
     note(f"the report is {page}; open it in a browser")
-
-
-# --- lists -----------------------------------------------------------------------------------------------------------
-
-
-def methods_command(args: argparse.Namespace) -> None:
-    """All methods in a table, or the options of one."""
-    groups = {"localizer": _localizers(), "unlearning method": _unlearning(), "attack": _attacks()}
-    if args.name:
-        return _describe_method(args.name, groups)
-    rows = [
-        (name, group, " ".join(entry.requires) or "-", entry.paper)
-        for group, entries in groups.items()
-        for name, entry in entries.items()
-    ]
-    table(("name", "kind", "needs", "source"), rows)
-    return None
-
-
-def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
-    for group, entries in groups.items():
-        if name in entries:
-            entry = entries[name]
-            sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
-            sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n\n")
-            table(("option", "type", "default"), describe(entry.options) if entry.options else [])
-            return
-    known = [n for entries in groups.values() for n in entries]
-    raise LoceditError(f"unknown method {name!r}; {nearest(name, known)}")
-
-
-def metrics_command(args: argparse.Namespace) -> None:
-    """All metrics in a table, or one."""
-    from locedit.evaluate import METRICS
-
-    if args.name and args.name not in METRICS:
-        raise LoceditError(f"unknown metric {args.name!r}; {nearest(args.name, METRICS)}")
-    chosen = {args.name: METRICS[args.name]} if args.name else METRICS
-    table(("name", "on", "range", "definition"), [metric_row(name, metric) for name, metric in chosen.items()])
-
-
-def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:
-    low, high = metric.range
-    bounds = f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
-    return name, " ".join(metric.kinds), bounds, metric.definition
-
-
-def _summary(function: Any) -> str:
-    return (function.__doc__ or "").strip().split("\n")[0]
-
-
-def _localizers() -> Mapping[str, Any]:
-    from locedit.localize import LOCALIZERS
-
-    return LOCALIZERS
-
-
-def _unlearning() -> Mapping[str, Any]:
-    from locedit.unlearn import METHODS
-
-    return METHODS
-
-
-def _attacks() -> Mapping[str, Any]:
-    from locedit.attacks import ATTACKS
-
-    return ATTACKS
-
-
-def _method_options(
-    registry: Mapping[str, Any], name: str, words: dict[str, str], *, several: list[str] | None = None
-) -> dict[str, Any]:
-    """The options of one method out of the words of the command line; with several methods each takes those it has."""
-    if name not in registry:
-        raise LoceditError(f"unknown method {name!r}; {nearest(name, registry)}")
-    mine = words
-    if several and len(several) > 1:
-        have = {n: {o[0] for o in describe(registry[n].options)} for n in several if n in registry}
-        stray = [w for w in words if not any(w in names for names in have.values())]
-        if stray:
-            raise LoceditError(f"no option {stray[0]!r} in any of {', '.join(several)}")
-        mine = {w: text for w, text in words.items() if w in have[name]}
-    return parse(registry[name].options, mine, method=name)
 
 
 def _duration(seconds: float) -> str:

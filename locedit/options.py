@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -39,14 +41,36 @@ def kinds(cls: type[Any]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def describe(cls: type[Any]) -> list[tuple[str, str, str]]:
-    """(name, type as words, default) of every option."""
-    rows: list[tuple[str, str, str]] = []
+def describe(cls: type[Any]) -> list[tuple[str, str, str, str]]:
+    """(name, type as words, default, meaning) of every option; the meaning is the string under the field."""
+    meanings = field_docs(cls)
+    rows: list[tuple[str, str, str, str]] = []
     for f in dataclasses.fields(cls):
-        default = "required" if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else None
-        value = f.default if f.default is not dataclasses.MISSING else None
-        rows.append((f.name, in_words(kinds(cls)[f.name]), default or repr(value)))
+        missing = f.default is dataclasses.MISSING
+        default = "required" if missing and f.default_factory is dataclasses.MISSING else repr(None)
+        rows.append((f.name, in_words(kinds(cls)[f.name]), default if missing else repr(f.default), meanings[f.name]))
     return rows
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """Field name -> the string that stands under it in the source, base classes included; empty where there is none."""
+    docs = {f.name: "" for f in dataclasses.fields(cls)}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+            docs |= _strings_under(body.body)  # type: ignore[attr-defined]
+    return docs
+
+
+def _strings_under(body: list[ast.stmt]) -> dict[str, str]:
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 def in_words(kind: Any) -> str:

@@ -13,6 +13,7 @@ from locedit.options import describe, fill, parse
 class Some:
     steps: int | None = None
     rule: Literal["left", "right"] = "left"
+    "where the points lie"
     lr: float = 1e-3
     grid: tuple[float, ...] = (1.0,)
     names: tuple[str, ...] = ()
@@ -49,4 +50,5 @@ def test_fill_checks_names_and_types() -> None:
 
 
 def test_describe_lists_defaults() -> None:
-    assert ("rule", "'left' or 'right'", "'left'") in describe(Some)
+    assert ("rule", "'left' or 'right'", "'left'", "where the points lie") in describe(Some)
+    assert ("steps", "int or None", "None", "") in describe(Some)

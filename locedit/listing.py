@@ -1,0 +1,57 @@
+"""What `locedit methods` and `locedit metrics` print."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from locedit.errors import LoceditError, nearest
+from locedit.options import describe
+from locedit.registries import attacks, localizers, unlearning
+from locedit.terminal import table
+
+
+def methods_command(args: argparse.Namespace) -> None:
+    """All methods in a table, or the options of one."""
+    groups = {"localizer": localizers(), "unlearning method": unlearning(), "attack": attacks()}
+    if args.name:
+        return _describe_method(args.name, groups)
+    rows = [
+        (name, group, " ".join(entry.requires) or "-", entry.paper)
+        for group, entries in groups.items()
+        for name, entry in entries.items()
+    ]
+    table(("name", "kind", "needs", "source"), rows)
+    return None
+
+
+def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    for group, entries in groups.items():
+        if name in entries:
+            entry = entries[name]
+            sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
+            sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n\n")
+            table(("option", "type", "default", "meaning"), describe(entry.options) if entry.options else [])
+            return
+    known = [n for entries in groups.values() for n in entries]
+    raise LoceditError(f"unknown method {name!r}; {nearest(name, known)}")
+
+
+def metrics_command(args: argparse.Namespace) -> None:
+    """All metrics in a table, or one."""
+    from locedit.evaluate import METRICS
+
+    if args.name and args.name not in METRICS:
+        raise LoceditError(f"unknown metric {args.name!r}; {nearest(args.name, METRICS)}")
+    chosen = {args.name: METRICS[args.name]} if args.name else METRICS
+    table(("name", "on", "range", "definition"), [metric_row(name, metric) for name, metric in chosen.items()])
+
+
+def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:
+    low, high = metric.range
+    bounds = f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
+    return name, " ".join(metric.kinds), bounds, metric.definition
+
+
+def _summary(function: Any) -> str:
+    return (function.__doc__ or "").strip().split("\n")[0]
