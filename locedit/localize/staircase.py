@@ -32,7 +32,7 @@ from locedit.localize.paths import (
     PathSums,
     Prompt,
     gold_log_probability,
-    objective_value,
+    objective_and_slope,
     target_grid,
 )
 from locedit.localize.quadrature import Rule
@@ -181,11 +181,11 @@ class Staircase:
             logits = self.model.module(input_ids=dummy, use_cache=False).logits
             logits = logits.reshape(*climb.target.shape, -1)
             tokens = self.tokens[climb.sequence, climb.target].to(logits.device)
-            values = objective_value(gold_log_probability(logits, tokens), self.objective)
-            weights = torch.cat(rows.weight, dim=1).to(values)
-            gradients = iter(torch.autograd.grad((values * weights).sum(), leaves))
+            weights = torch.cat(rows.weight, dim=1).to(logits.device)
+            values, slope = objective_and_slope(logits.detach(), tokens, weights=weights, objective=self.objective)
+            gradients = iter(torch.autograd.grad(logits, leaves, grad_outputs=slope))
         nothing = torch.zeros(len(rows.prompt), 0, self.neurons[0].shape[-1], device=dummy.device)
-        by_layer = values.detach().to(dummy.device).split(counts, dim=1)
+        by_layer = values.to(dummy.device).split(counts, dim=1)
         return list(by_layer), [next(gradients) if n else nothing for n in counts]
 
     @contextmanager
