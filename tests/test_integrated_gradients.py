@@ -10,6 +10,7 @@ from torch import Tensor
 
 from locedit.data.encode import Example
 from locedit.errors import LoceditError
+from locedit.localize.blocks import adds_mlp_output
 from locedit.localize.integrated_gradients import Attribution, GradientOptions, attributions, integrate
 from locedit.localize.paths import PathSums
 from locedit.localize.quadrature import Rule, rule
@@ -360,3 +361,28 @@ def test_the_order_of_examples_is_kept() -> None:
     assert sorted(one.index for one in found) == [0, 1, 2]
     alone = {i: scores(model, [one], steps=2)[0] for i, one in enumerate(given)}
     assert max(distance(one.scores, alone[one.index]) for one in found) < 1e-5
+
+
+# --- where rows enter ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", tiny.CAUSAL)
+def test_rows_are_shifted_only_where_the_mlp_output_is_added_as_it_is(architecture: str) -> None:
+    assert adds_mlp_output(tiny.model(architecture)) == (architecture not in ("gemma2", "gemma3"))
+
+
+def test_a_factor_after_the_mlp_is_noticed() -> None:
+    """A dropout that scales, in the place of the one after the MLP: shifting rows by the full output would be wrong."""
+    model = tiny.model("gpt_neox")
+    for block in model.anatomy.blocks:
+        block.post_mlp_dropout = Half()
+    assert not adds_mlp_output(model)
+    expected = by_loop(model, examples(1)[0], rule("gauss", 4)).sum(0)
+    assert distance(scores(model, examples(1), steps=4)[0], expected) < 1e-5
+
+
+class Half(torch.nn.Module):
+    """Halves what goes through."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value / 2

@@ -14,8 +14,8 @@ from locedit.data.encode import encode
 from locedit.data.items import KINDS, Dataset, Item, Task
 from locedit.errors import LoceditError, nearest
 from locedit.localize import baselines, depn, knowledge_neurons
+from locedit.localize.blocks import row_bytes
 from locedit.localize.integrated_gradients import FIRST_STEPS, GradientOptions
-from locedit.localize.staircase import row_bytes
 from locedit.models import Model
 from locedit.options import fill
 from locedit.provenance import measure

@@ -136,17 +136,38 @@ class Climb:
         self.sequence = rows.prompt[:, None]
         self.target = torch.cat(rows.target, dim=1)  # [sequence, row]
         self.position = stairs.positions[self.sequence, self.target]
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self.leaves: dict[int, Tensor] = {}
+        "layer -> what the gradient is taken by: `[sequence, row, d_model]` where rows are shifted, else `... neuron]`"
+        self._inside = False
 
-    def enter(self, layer: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    def enter(self, layer: int, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """The rows that came up and those that enter here, with their mask, positions and prefix."""
         coming = arguments["hidden_states"]
-        state = self.of_targets(self.stairs.inputs[layer], layer)
-        if any(target.shape[1] for target in self.rows.target[:layer]):
-            state = torch.cat([coming.reshape(len(state), -1, coming.shape[-1]), state], dim=1)
+        states = [self._entering(path, at=layer) for path in self._paths_entering(layer)]
+        if self._inside:
+            states = [coming.reshape(len(self.sequence), -1, coming.shape[-1]), *states]
+        if not states:  # nothing but the dummy yet
+            return None
+        self._inside = True
+        state = torch.cat(states, dim=1)
         rows = state.shape[1]
         call = {name: self._for_rows(name, value, layer, rows) for name, value in self.stairs.calls[layer].items()}
         return call | {"hidden_states": state.reshape(-1, 1, state.shape[-1]) if self.stairs.own_mask else state}
+
+    def _paths_entering(self, layer: int) -> list[int]:
+        """The layers whose rows enter at this block."""
+        found = [path for path in (layer - 1, layer) if path >= 0 and path + self.stairs.shifts(path) == layer]
+        return [path for path in found if self.rows.target[path].shape[1]]
+
+    def _entering(self, path: int, *, at: int) -> Tensor:
+        """States of the rows of a layer where they enter; where they are shifted, this is what is differentiated by."""
+        if path == at:
+            return self.of_targets(self.stairs.inputs[at], path)
+        state = self.of_targets(self.stairs.without[path], path)
+        alpha = self.rows.alpha[path].to(state.device)[..., None]
+        moved = state + alpha * self.of_targets(self.stairs.added[path], path)
+        self.leaves[path] = moved.to(self.stairs.inputs[at]).requires_grad_()
+        return self.leaves[path]
 
     def of_targets(self, value: Tensor, layer: int) -> Tensor:
         """Entries of `[prompt, target, ...]` for the rows that enter at the layer."""
@@ -191,14 +212,7 @@ class Climb:
 
     def _mask(self, layer: int, rows: int) -> Tensor:
         """Additive: a row sees its part of the prefix, and of the rows only itself."""
-        visible = self.stairs.visible[layer]
-        key = (id(visible), rows)
-        if key not in self._masks:
-            self._masks[key] = self._make_mask(visible, rows)
-        return self._masks[key].to(self.stairs.inputs[layer].device)
-
-    def _make_mask(self, visible: Tensor, rows: int) -> Tensor:
-        visible = visible[self.sequence, self.target[:, :rows]]  # [sequence, row, prefix]
+        visible = self.stairs.visible[layer][self.sequence, self.target[:, :rows]]  # [sequence, row, prefix]
         itself = torch.eye(rows, dtype=torch.bool, device=visible.device).expand(len(visible), -1, -1)
         if self.stairs.own_mask:
             source = self._source(rows)
@@ -206,8 +220,9 @@ class Climb:
             itself = torch.ones_like(visible[..., :1])
         seen = torch.cat([visible, itself], dim=2)
         seen = seen.flatten(0, 1)[:, None, None] if self.stairs.own_mask else seen[:, None]
-        dtype = self.stairs.inputs[0].dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        like = self.stairs.inputs[layer]
+        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+        return mask.masked_fill_(~seen.to(like.device), torch.finfo(like.dtype).min)
 
 
 def portions(sequences: Sequence[list[Column]], *, at_most: int) -> Iterator[list[list[Column]]]:

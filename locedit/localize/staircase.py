@@ -4,8 +4,10 @@
    earlier positions are the same on all paths: one ordinary pass over the prompts computes them (the prefix).
 2. Every (layer, step, target) is then one *row*: one token at the predicting position, which attends to the prefix and
    to itself.
-3. The rows of a layer enter at that layer's input, with the state the prefix pass had there, and have the layer's
-   neurons replaced by alpha times their value. Rows of earlier layers are already on their way up: a staircase.
+3. Where a block adds its MLP's output to the residual stream as it is, the rows of a layer enter at the next block,
+   with the state that the prefix pass had before the MLP's output plus alpha times what the neurons add. Elsewhere (a
+   norm or a factor follows the MLP), and in the last layer, they enter at their own block and have its neurons replaced
+   by alpha times their value. Rows of earlier layers are already on their way up: a staircase.
 4. Rows are laid along the sequence axis, and a mask gives each row its own part of the prefix, so the prefix is stored
    a few times whatever the number of rows (see `rows`). The model itself is run, on one dummy token: before every block
    the rows take the place of its arguments, and what follows the last block (final norm, unembedding, soft-capping) is
@@ -16,17 +18,25 @@ budget. One row with alpha = 1 a target must give the model's own probability ag
 does something that the staircase does not know, and it stops instead of giving wrong scores.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from locedit import tracing
 from locedit.errors import LoceditError
+from locedit.localize.blocks import (
+    adds_mlp_output,
+    attention_of,
+    builds_own_mask,
+    row_bytes,
+    weights_without_gradient,
+)
 from locedit.localize.paths import (
     Objective,
     PathSums,
@@ -58,6 +68,7 @@ class Staircase:
         self.positions, self.tokens, self.valid = (t.to(model.device) for t in (positions, tokens, valid))
         self.prompt = torch.arange(len(prompts), device=model.device)[:, None]
         self.own_mask = builds_own_mask(model.module)
+        self.additive = adds_mlp_output(model)
         self.checked = False
         self._run_prefix(prompts)
 
@@ -69,6 +80,8 @@ class Staircase:
         self.calls: dict[int, dict[str, Any]] = {}
         self.inputs: dict[int, Float[Tensor, "prompt target d_model"]] = {}
         self.neurons: dict[int, Float[Tensor, "prompt target neuron"]] = {}
+        self.without: dict[int, Float[Tensor, "prompt target d_model"]] = {}
+        "the state after the block if its neurons were 0, for layers whose rows are shifted"
         cache = DynamicCache()  # without a config, or layers with a sliding window would forget the beginning
 
         def note(layer: int, arguments: dict[str, Any]) -> None:
@@ -81,8 +94,19 @@ class Staircase:
 
         wanted = torch.zeros_like(ids, dtype=torch.bool)
         wanted[self.prompt, self.positions] = True
-        with torch.no_grad(), self._hooks(note, keep), tracing.unembed_at(self.model, wanted):
+
+        def attended(layer: int, value: Tensor) -> Tensor:
+            self.without[layer] = self.inputs[layer] + self._at_targets(value.reshape(*ids.shape, -1))
+            return value
+
+        attention = {
+            f"blocks.{layer}.hook_attn_out": partial(attended, layer)
+            for layer in range(self.model.n_layers)
+            if self.shifts(layer)
+        }
+        with torch.no_grad(), self._hooks(note, keep, attention), tracing.unembed_at(self.model, wanted):
             output = self.model.module(input_ids=ids, past_key_values=cache, use_cache=True)
+        self.added = {layer: self._added(layer) for layer in self.without}
         place = wanted.flatten().cumsum(0).reshape(wanted.shape) - 1
         logits = output.logits.reshape(-1, output.logits.shape[-1])[place[self.prompt, self.positions]]
         self.reached = gold_log_probability(logits, self.tokens)
@@ -92,6 +116,19 @@ class Staircase:
         self.keys: list[Tensor] = [layer.keys[:, :, : self.length] for layer in layers]
         self.values: list[Tensor] = [layer.values[:, :, : self.length] for layer in layers]
         self.visible = {layer: self._visible(call.get("attention_mask")) for layer, call in self.calls.items()}
+
+    def shifts(self, layer: int) -> bool:
+        """Whether the rows of a layer enter at the next block."""
+        return self.additive and layer < self.model.n_layers - 1
+
+    @torch.no_grad()
+    def _added(self, layer: int) -> Float[Tensor, "prompt target d_model"]:
+        """What the neurons add to the residual stream; the bias goes to the state without them."""
+        project = self.model.linear(layer, "mlp.out")
+        neurons = self.neurons[layer]
+        bias = project(torch.zeros_like(neurons[:1, :1]))
+        self.without[layer] = self.without[layer] + bias
+        return project(neurons) - bias
 
     def _at_targets(self, value: Shaped[Tensor, "prompt pos *rest"]) -> Shaped[Tensor, "prompt target *rest"]:
         device = value.device
@@ -123,18 +160,38 @@ class Staircase:
         alphas, weights, at_start, check = self._points(rule)
         columns, checks = self._columns(active.cpu(), len(rule.alphas), at_start=at_start, check=check)
         sequences = in_sequences(columns, rows=min(max(self.length, SHORTEST), LONGEST), also=checks)
+        slopes = {
+            layer: torch.zeros(*active.shape[:2], self._width(layer), dtype=exact, device=device)
+            for layer in range(active.shape[2])
+        }
         for portion in portions(sequences, at_most=self._most_rows()):
             rows = as_rows(portion, alphas=alphas, weights=weights, layers=active.shape[2]).to(device)
             climb = Climb(self, rows)
             values, gradients = self._climb(climb)
+            for layer, gradient in gradients.items():
+                place = (climb.sequence, rows.target[layer])
+                slopes[layer].index_put_(place, gradient.to(slopes[layer]), accumulate=True)
             for layer, (target, point) in enumerate(zip(rows.target, rows.point, strict=True)):
-                scaled = climb.of_targets(self.neurons[layer], layer).to(exact) * gradients[layer].to(exact)
-                scores[:, :, layer].index_put_((climb.sequence, target), scaled.to(device), accumulate=True)
                 here = (point == at_start).nonzero(as_tuple=True)
                 start[rows.prompt[here[0]], target[here], layer] = values[layer][here].to(start)
             self._check(rows, values[0], check=check)
         self.checked = True
+        for layer in active.any(0).any(0).nonzero().flatten().tolist():
+            scores[:, :, layer] = self._by_neurons(layer, slopes[layer])
         return PathSums(scores=scores, start=start)
+
+    def _width(self, layer: int) -> int:
+        return (self.inputs if self.shifts(layer) else self.neurons)[layer].shape[-1]
+
+    def _by_neurons(self, layer: int, slopes: Float[Tensor, "prompt target width"]) -> Tensor:
+        """Neurons times gradients; where rows were shifted, those go through the output projection first."""
+        neurons = self.neurons[layer]
+        if self.shifts(layer):
+            with torch.inference_mode(False), torch.enable_grad(), weights_without_gradient(self.model.module):
+                leaf = neurons.clone().requires_grad_()
+                added = self.model.linear(layer, "mlp.out")(leaf)
+                (slopes,) = torch.autograd.grad(added, leaf, grad_outputs=slopes.to(added))
+        return neurons.to(self.positions.device, slopes.dtype) * slopes.to(self.positions.device)
 
     def _points(self, rule: Rule) -> tuple[list[float], list[float], int, int]:
         """Points and weights with the path's ends, where the rule has none, and which points these are."""
@@ -161,19 +218,18 @@ class Staircase:
     def _most_rows(self) -> int:
         return max(1, self.memory // row_bytes(self.model, self.length))
 
-    def _climb(self, climb: Climb) -> tuple[list[Tensor], list[Tensor]]:
-        """The objective of every row and its weighted gradient by the neurons where it entered, layer by layer."""
+    def _climb(self, climb: Climb) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """The objective of every row, layer by layer, and its weighted gradient by what was scaled."""
         rows = climb.rows
-        leaves: list[Tensor] = []
         counts = [target.shape[1] for target in rows.target]
 
         def scaled(layer: int, value: Tensor) -> Tensor:
-            if not counts[layer]:
+            if not counts[layer] or self.shifts(layer):
                 return value
             whole = value.reshape(len(rows.prompt), -1, value.shape[-1])
             neurons = climb.of_targets(self.neurons[layer], layer)
             leaf = (rows.alpha[layer].to(neurons.device)[..., None] * neurons).to(value.dtype).requires_grad_()
-            leaves.append(leaf)
+            climb.leaves[layer] = leaf
             return torch.cat([whole[:, : -counts[layer]], leaf], dim=1).reshape(value.shape)
 
         dummy = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
@@ -183,18 +239,17 @@ class Staircase:
             tokens = self.tokens[climb.sequence, climb.target].to(logits.device)
             weights = torch.cat(rows.weight, dim=1).to(logits.device)
             values, slope = objective_and_slope(logits.detach(), tokens, weights=weights, objective=self.objective)
-            gradients = iter(torch.autograd.grad(logits, leaves, grad_outputs=slope))
-        nothing = torch.zeros(len(rows.prompt), 0, self.neurons[0].shape[-1], device=dummy.device)
+            gradients = torch.autograd.grad(logits, list(climb.leaves.values()), grad_outputs=slope)
         by_layer = values.to(dummy.device).split(counts, dim=1)
-        return list(by_layer), [next(gradients) if n else nothing for n in counts]
+        return list(by_layer), dict(zip(climb.leaves, gradients, strict=True))
 
     @contextmanager
-    def _hooks(self, enter: EnterBlock, neurons: ChangeNeurons) -> Generator[None]:
+    def _hooks(
+        self, enter: EnterBlock, neurons: ChangeNeurons, others: Mapping[str, tracing.Change] | None = None
+    ) -> Generator[None]:
         """Every block's arguments through `enter`, every layer's neurons through `neurons`, no gradients of weights."""
-        names = {
-            f"blocks.{layer}.mlp.hook_post": (lambda value, layer=layer: neurons(layer, value))
-            for layer in range(self.model.n_layers)
-        }
+        layers = range(self.model.n_layers)
+        names = {f"blocks.{layer}.mlp.hook_post": partial(neurons, layer) for layer in layers} | dict(others or {})
         weights = weights_without_gradient(self.model.module)
         with weights, tracing.rewrite_blocks(self.model, enter), tracing.replace(self.model, names):
             yield
@@ -212,45 +267,7 @@ class Staircase:
             )
 
 
-def builds_own_mask(module: nn.Module) -> bool:
-    """Whether an attention builds a window from the number of its keys (GPT-Neo's local layers).
-
-    Then rows cannot share the sequence axis.
-    """
-    config: Any = getattr(module, "config", None)
-    return "local" in (getattr(config, "attention_layers", None) or ())
-
-
-def row_bytes(model: Model, length: int) -> int:
-    """What autograd keeps of a row, its share of a prefix of that length, and its logits; on the large side."""
-    size = torch.finfo(model.dtype).bits // 8
-    rows = min(max(length, SHORTEST), LONGEST)
-    keys = length + rows
-    attention = keys * (3 * model.n_heads if attention_of(model) == "eager" else 2)
-    copies = keys if builds_own_mask(model.module) else 2 * keys / rows
-    attention += int(copies * 2 * model.n_heads * model.d_head)
-    return model.n_layers * size * (12 * model.d_model + 4 * model.d_mlp + attention) + 16 * model.vocab_size
-
-
-def attention_of(model: Model) -> str:
-    """Name of the attention implementation: sdpa, eager, ..."""
-    return str(getattr(model.core.config, "_attn_implementation", None))
-
-
 def padded_ids(prompts: Sequence[Prompt], device: torch.device) -> Int[Tensor, "prompt pos"]:
     """Token ids padded on the right; what stands there is never attended to."""
     ids = [torch.tensor(prompt.ids) for prompt in prompts]
     return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-
-
-@contextmanager
-def weights_without_gradient(module: nn.Module) -> Generator[None]:
-    """Inside, no parameter asks for a gradient, so that autograd keeps only what the rows need."""
-    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
