@@ -9,13 +9,13 @@ from typing import Any
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task, read_task
 from locedit.errors import LoceditError, nearest
-from locedit.listing import methods_command, metrics_command
+from locedit.listing import measure_rows, methods_command, metrics_command
 from locedit.models import Model, load
 from locedit.registries import localizers, method_options
 from locedit.runs import Run
 from locedit.select import BUDGETS, check_budget
 from locedit.storage import read_json, refuse_overwrite
-from locedit.terminal import note, showing_progress
+from locedit.terminal import note, showing_progress, table
 
 
 def run(args: argparse.Namespace) -> int:
@@ -288,9 +288,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         on_reuse=_reused,
     )
     run_folder.write_once("run.json", _about(args, model))
-    for measure in evaluation.measures:
-        if measure.group is None:
-            note(str(measure))
+    table(("measure", "before", "after", "n"), measure_rows(evaluation))
     for attack in evaluation.attacks:
         note(attack.sentence)
     note(f"{run_folder.folder / 'evaluation'}: {len(evaluation.measures)} measures, {len(evaluation.attacks)} attacks")

@@ -20,22 +20,20 @@ def demo(out: str | Path, *, arch: str = "gpt2", seed: int = 0, force: bool = Fa
     for words in commands(folder, arch=arch, seed=seed):
         if force and words[0] != "methods":
             words = [*words, "--force"]
-        note(f"\n$ locedit {shlex.join(words)}")
+        note(f"\n[{time.perf_counter() - start:.0f} s] $ locedit {shlex.join(words)}")
         run(parse_arguments(words))
     note(f"\nthe demo took {time.perf_counter() - start:.0f} s")
     return folder / "report.html"
 
 
-WORLDS = {
-    "private": (["--where", "group=x10,group=x20,group=x50"], "20"),
-    "facts": (["--where", "format=statement"], "5"),
-}
-"""World -> which of its forget items to localize and edit on, and the weight of the retain data in NPO."""
-
+WHERE = {"private": "group=x10,group=x20,group=x50", "facts": "format=statement"}
+"""World -> the forget items to work on: secrets repeated often enough to be memorised, facts in one format."""
+NPO = ["--batch-size", "32", "--steps", "100", "--eval-every", "5"]
 METHODS = {
-    "zero": [],
-    "npo": ["--until", "0.1", "--learning-rate", "3e-3", "--batch-size", "24", "--steps", "80", "--eval-every", "5"],
+    "private": {"zero": [], "npo": [*NPO, "--until", "0.1", "--learning-rate", "3e-3", "--retain-weight", "20"]},
+    "facts": {"zero": [], "npo": [*NPO, "--until", "0.25", "--learning-rate", "1e-2", "--retain-weight", "5"]},
 }
+"""World -> methods with their options; training stops where the answer is as unlikely as one never learned."""
 
 
 def commands(folder: Path, *, arch: str, seed: int) -> list[list[str]]:
@@ -43,20 +41,19 @@ def commands(folder: Path, *, arch: str, seed: int) -> list[list[str]]:
     lab = folder / "lab"
     lines = [["lab", "--arch", arch, "--seed", str(seed), "--out", str(lab)]]
     runs: list[str] = []
-    for world in WORLDS:
-        for method in METHODS:
+    for world, methods in METHODS.items():
+        for method, options in methods.items():
             runs.append(str(folder / f"{world}-{method}"))
-            lines += _one_run(lab, world, method, runs[-1])
+            lines += _one_run(lab, world, [method, *options], runs[-1])
     return [*lines, ["report", *runs, "--out", str(folder / "report.html"), "--force"]]
 
 
-def _one_run(lab: Path, world: str, method: str, out: str) -> list[list[str]]:
+def _one_run(lab: Path, world: str, method: list[str], out: str) -> list[list[str]]:
     """Find 100 neurons, edit inside them beside three random sets, evaluate and attack."""
-    model_and_data = [str(lab / "model"), str(lab / world), *WORLDS[world][0]]
-    options = METHODS[method] and [*METHODS[method], "--retain-weight", WORLDS[world][1]]
+    what = [str(lab / "model"), str(lab / world), "--where", WHERE[world]]
     within = ["--within", f"{out}/components.json"]
     return [
-        ["localize", *model_and_data, "--method", "depn", "--top", "100", "--out", out],
-        ["edit", *model_and_data, *within, "--method", method, *options, "--controls", "3", "--out", out],
-        ["evaluate", *model_and_data, "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
+        ["localize", *what, "--method", "depn", "--top", "100", "--out", out],
+        ["edit", *what, *within, "--method", *method, "--controls", "3", "--out", out],
+        ["evaluate", *what, "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
     ]

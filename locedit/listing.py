@@ -8,6 +8,7 @@ from typing import Any
 from locedit.errors import LoceditError, nearest
 from locedit.options import describe
 from locedit.registries import attacks, localizers, unlearning
+from locedit.results import Evaluation, Measure
 from locedit.terminal import table
 
 
@@ -55,3 +56,18 @@ def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:
 
 def _summary(function: Any) -> str:
     return (function.__doc__ or "").strip().split("\n")[0]
+
+
+def measure_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """(measure, before, after, count) of every measure over a whole data set, with intervals."""
+    shown = {(m.key, m.stage): m for m in evaluation.measures if m.group is None and m.stage != "attacked"}
+    rows: list[tuple[str, str, str, str]] = []
+    for key in dict.fromkeys(key for key, _ in shown):
+        before, after = shown.get((key, "before")), shown.get((key, "after"))
+        count = max(m.n for m in (before, after) if m is not None)
+        rows.append((key, _with_interval(before), _with_interval(after), str(count)))
+    return rows
+
+
+def _with_interval(measure: Measure | None) -> str:
+    return "-" if measure is None else f"{measure.value:.3g} [{measure.low:.3g}, {measure.high:.3g}]"

@@ -238,8 +238,7 @@ def collate(examples: Sequence[Example], model: Encoder) -> Batch:
         rows = [row for member, example in enumerate(examples) for row in _masked_rows(model, member, example)]
     padding = model.tokenizer.pad_token_id
     if model.causal or padding is None:
-        # never attended to; any token but the padding token, of which transformers warns when it gets no mask
-        padding = 1 if padding == 0 else 0
+        padding = unseen_padding(padding)
     width = max(len(ids) for _, ids, _ in rows)
     ids = torch.full((len(rows), width), padding, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
@@ -252,6 +251,14 @@ def collate(examples: Sequence[Example], model: Encoder) -> Batch:
     return Batch(
         ids=ids, attention_mask=mask, labels=labels, rows=tuple(examples[member] for member in members), members=members
     )
+
+
+def unseen_padding(pad_token_id: int | None) -> int:
+    """What fills rows on the right where it is never attended to: any token but the padding token.
+
+    Of that one transformers warns whenever it gets no mask.
+    """
+    return 1 if pad_token_id == 0 else 0
 
 
 def _masked_rows(model: Encoder, member: int, example: Example) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:

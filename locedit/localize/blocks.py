@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from locedit import tracing
+from locedit.data.encode import unseen_padding
 from locedit.localize.rows import LONGEST, SHORTEST
 from locedit.models import Model
 
@@ -21,7 +22,7 @@ def adds_mlp_output(model: Model) -> bool:
     if model not in _ADDITIVE:
         words = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
         names = [f"blocks.{layer}.{word}" for layer in range(model.n_layers) for word in words]
-        dummy = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        dummy = torch.full((1, 1), unseen_padding(model.core.config.pad_token_id), device=model.device)
         with torch.no_grad(), tracing.record(model, names) as seen:
             model.module(input_ids=dummy, use_cache=False)
         parts = [

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from locedit import tracing
+from locedit.data.encode import unseen_padding
 from locedit.errors import LoceditError
 from locedit.localize.blocks import (
     adds_mlp_output,
@@ -76,7 +77,8 @@ class Staircase:
 
     def _run_prefix(self, prompts: Sequence[Prompt]) -> None:
         """One ordinary pass: keys and values, and at the predicting positions block inputs, neurons and logits."""
-        ids = padded_ids(prompts, self.model.device)
+        self.filler = unseen_padding(self.model.core.config.pad_token_id)
+        ids = padded_ids(prompts, self.model.device, padding=self.filler)
         self.calls: dict[int, dict[str, Any]] = {}
         self.inputs: dict[int, Float[Tensor, "prompt target d_model"]] = {}
         self.neurons: dict[int, Float[Tensor, "prompt target neuron"]] = {}
@@ -232,7 +234,7 @@ class Staircase:
             climb.leaves[layer] = leaf
             return torch.cat([whole[:, : -counts[layer]], leaf], dim=1).reshape(value.shape)
 
-        dummy = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
+        dummy = torch.full((1, 1), self.filler, device=self.model.device)
         with torch.inference_mode(False), torch.enable_grad(), self._hooks(climb.enter, scaled):
             logits = self.model.module(input_ids=dummy, use_cache=False).logits
             logits = logits.reshape(*climb.target.shape, -1)
@@ -267,7 +269,7 @@ class Staircase:
             )
 
 
-def padded_ids(prompts: Sequence[Prompt], device: torch.device) -> Int[Tensor, "prompt pos"]:
+def padded_ids(prompts: Sequence[Prompt], device: torch.device, *, padding: int) -> Int[Tensor, "prompt pos"]:
     """Token ids padded on the right; what stands there is never attended to."""
     ids = [torch.tensor(prompt.ids) for prompt in prompts]
-    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding).to(device)
