@@ -49,11 +49,15 @@ def commands(folder: Path, *, arch: str, seed: int) -> list[list[str]]:
 
 
 def _one_run(lab: Path, world: str, method: list[str], out: str) -> list[list[str]]:
-    """Find 100 neurons, edit inside them beside three random sets, evaluate and attack."""
-    what = [str(lab / "model"), str(lab / world), "--where", WHERE[world]]
+    """Find 100 neurons, edit inside them beside three random sets, evaluate and attack.
+
+    Facts are evaluated in all their formats, so that the page says whether the edit of one format carries over.
+    """
+    everything = [str(lab / "model"), str(lab / world)]
+    what = [*everything, "--where", WHERE[world]]
     within = ["--within", f"{out}/components.json"]
     return [
         ["localize", *what, "--method", "depn", "--top", "100", "--out", out],
         ["edit", *what, *within, "--method", *method, "--controls", "3", "--out", out],
-        ["evaluate", *what, "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
+        ["evaluate", *(everything if world == "facts" else what), "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
     ]
