@@ -56,8 +56,9 @@ def _one_run(lab: Path, world: str, method: list[str], out: str) -> list[list[st
     everything = [str(lab / "model"), str(lab / world)]
     what = [*everything, "--where", WHERE[world]]
     within = ["--within", f"{out}/components.json"]
+    measured = everything if world == "facts" else what
     return [
         ["localize", *what, "--method", "depn", "--top", "100", "--out", out],
         ["edit", *what, *within, "--method", *method, "--controls", "3", "--out", out],
-        ["evaluate", *(everything if world == "facts" else what), "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
+        ["evaluate", *measured, "--edit", f"{out}/edit", "--attacks", "relearn", "--out", out],
     ]
