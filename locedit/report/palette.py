@@ -83,6 +83,7 @@ def dress(made: Figure, *, height: int) -> Figure:
     template = go.layout.Template(
         layout=go.Layout(
             paper_bgcolor="rgba(0,0,0,0)",
+            modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#4477aa"},
             plot_bgcolor="rgba(0,0,0,0)",
             font={"family": FONT, "size": 13, "color": INK},
             margin={"l": 8, "r": 12, "t": 12, "b": 8},
