@@ -19,7 +19,7 @@ test-all: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell locedit tests benchmarks analyses README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell locedit benchmarks analyses README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
