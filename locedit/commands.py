@@ -96,6 +96,8 @@ def localize_command(args: argparse.Namespace) -> None:
         chosen = scores.select(**budget, sign=args.sign, minus=control) if budget else None
         found.append((scores, chosen))
     run_folder.write_once("run.json", _about(args, model))
+    if found[0][1] is not None:
+        _refuse_other_set(run_folder, found[0][1])
     for name, (scores, chosen) in zip(names, found, strict=True):
         _say_scores(run_folder.folder / "localize" / name, scores)
         if chosen is not None:
@@ -104,11 +106,15 @@ def localize_command(args: argparse.Namespace) -> None:
         _save_set(run_folder, found[0][1])
 
 
-def _save_set(run_folder: Run, chosen: ComponentSet) -> None:
-    """Write components.json; the same set may be there already, another one is not replaced without --force."""
+def _refuse_other_set(run_folder: Run, chosen: ComponentSet) -> None:
+    """The same set may be in components.json already; another one is not replaced without --force."""
     path = run_folder.folder / "components.json"
     if path.exists() and not run_folder.force and ComponentSet.load(path) != chosen:
         raise LoceditError(f"{path} holds another set; give --force or another --out")
+
+
+def _save_set(run_folder: Run, chosen: ComponentSet) -> None:
+    path = run_folder.folder / "components.json"
     chosen.save(path)
     note(f"{path}: {chosen}")
 
@@ -138,7 +144,8 @@ def _control_scores(args: argparse.Namespace, model: Model, name: str, options: 
         return None
     from locedit.localize import localize
 
-    return localize(model, read_task(args.minus, args.fields), name, **options)
+    control = read_task(args.minus, args.fields)
+    return localize(model, control.with_chat(args.chat) if args.chat != "off" else control, name, **options)
 
 
 def _say_scores(folder: Path, scores: Scores) -> None:
@@ -162,7 +169,7 @@ def edit_command(args: argparse.Namespace) -> None:
     asked = ComponentSet.load(args.within) if args.within else None
     prepare(args.method, read_data(args), within=asked, hold=args.hold, **options)
     run_folder, model, task = _start(args)
-    within = model.bind(asked) if asked else None
+    within = None if asked is None else model.bind(asked)
     _say_memory(model, within, args.hold)
     edit = run_folder.stage(
         "edit",
@@ -224,11 +231,15 @@ def _scores_behind(within: ComponentSet, run_folder: Run) -> Scores | None:
     return Scores.load(folder) if (folder / "scores.json").exists() else None
 
 
-def _control_edits(edit_folder: str) -> dict[str, Any]:
-    """The edits of the random controls that stand beside an edit in its run folder."""
+def _control_edits(edit_folder: str, edit: Any) -> dict[str, Any]:
+    """The edits of the random controls that stand beside an edit in its run folder; none made for another edit."""
     from locedit.edit import Edit
 
-    folders = sorted((Path(edit_folder).parent / "comparison" / "edits").glob("*/edit.json"))
+    comparison = Path(edit_folder).parent / "comparison"
+    made_for = comparison / "stage.json"
+    if not made_for.exists() or read_json(made_for).get("edit") != edit.digest:
+        return {}
+    folders = sorted((comparison / "edits").glob("*/edit.json"))
     return {path.parent.name.replace("-", " "): Edit.load(path.parent) for path in folders}
 
 
@@ -266,7 +277,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
     run_folder, model, task = _start(args)
     edit = Edit.load(args.edit) if args.edit else None
-    others = _control_edits(args.edit) if edit and attacks else {}
+    others = _control_edits(args.edit, edit) if edit and attacks else {}
     if others:
         note(f"also attacked: {', '.join(others)}, from {Path(args.edit).parent / 'comparison'}")
     evaluation = run_folder.stage(

@@ -49,6 +49,8 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Generator[Path]:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         _replace_folder(temporary, target)
+    except shutil.Error as error:  # of a copied folder: one entry a file, with the reason last
+        raise _cannot_write(target, OSError(error.args[0][0][-1])) from error
     except OSError as error:
         raise _cannot_write(target, error) from error
     finally:

@@ -215,6 +215,90 @@ def test_an_edit_is_of_one_model(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "edited").exists()
 
 
+@pytest.mark.parametrize("method", ["zero", "ga"])
+def test_an_empty_set_is_not_the_whole_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """An empty set counts as false: it was once taken for no restriction at all, and the whole model was trained."""
+    out = tmp_path / "a"
+    assert run("localize", folder / "model", folder / "task", "--method", "magnitude", "--top", 3, "--out", out) == 0
+    record = json.loads((out / "components.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps(record | {"components": {}}))
+    words = ("--within", tmp_path / "empty.json", "--method", method, "--out", tmp_path / "b")
+    assert "the component set is empty" in failed(capsys, "edit", folder / "model", folder / "task", *words)
+    assert not (tmp_path / "b").exists()
+
+
+def test_results_of_an_earlier_edit_are_not_used(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--force replaces the edit alone: its old controls are neither attacked nor reported beside the new one."""
+    data, out = (folder / "model", folder / "facts.jsonl"), tmp_path / "a"
+    for top, name in ((3, "few"), (6, "more")):
+        assert run("localize", *data, "--method", "magnitude", "--top", top, "--out", tmp_path / name) == 0
+    few, more = (("--within", tmp_path / name / "components.json", "--method", "zero") for name in ("few", "more"))
+    evaluate = ("evaluate", *data, "--edit", out / "edit", "--metrics", "probability", "--out", out)
+    attack = ("--attacks", "relearn", "--steps", 1, "--look-every", 1, "--controls", "false", "--force")
+    assert run("edit", *data, *few, "--controls", 1, "--out", out) == 0
+    assert run(*evaluate, *attack) == 0
+    assert "also attacked: random 0" in capsys.readouterr().err
+    assert run("edit", *data, *more, "--out", out, "--force") == 0
+    assert "another edit" in failed(capsys, "report", out, "--out", tmp_path / "page.html")
+    assert run(*evaluate, *attack) == 0
+    assert "also attacked" not in capsys.readouterr().err
+    assert run("edit", *data, *more, "--controls", 1, "--out", out) == 2
+    assert run("edit", *data, *more, "--controls", 1, "--out", out, "--force") == 0
+    assert run("report", out, "--out", tmp_path / "page.html") == 0
+
+
+def test_a_refused_set_leaves_the_old_one_everywhere(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("localize", folder / "model", folder / "task", "--method", "magnitude", "--out", tmp_path)
+    assert run(*words, "--top", 3) == 0
+    places = (tmp_path / "components.json", tmp_path / "localize" / "magnitude" / "components.json")
+    before = [place.read_text() for place in places]
+    assert "another set" in failed(capsys, *words, "--top", 5)
+    assert [place.read_text() for place in places] == before
+
+
+def test_control_prompts_go_through_the_same_template(folder: Path) -> None:
+    words = ("localize", folder / "model", folder / "facts.jsonl", "--method", "activation", "--top", 1)
+    template = ("--chat", "Q: {{ messages[0].content }} A:")
+    from locedit.cli import parse_arguments
+    from locedit.commands import _control_scores  # pyright: ignore[reportPrivateUsage]
+    from locedit.models import load
+
+    given = [*map(str, words), "--minus", str(folder / "facts.jsonl"), "--out", "unused"]
+    model = load(folder / "model")
+    plain, asked = (
+        _control_scores(parse_arguments([*given, *more]), model, "activation", {}) for more in ((), template)
+    )
+    assert plain is not None
+    assert asked is not None
+    assert any(not torch.equal(plain.values[site], asked.values[site]) for site in plain.values)
+
+
+def test_an_export_that_does_not_fit_on_the_disk(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "a"
+    data = (folder / "model", folder / "task")
+    assert run("localize", *data, "--method", "magnitude", "--top", 3, "--out", out) == 0
+    within = ("--within", out / "components.json")
+    assert run("edit", *data, *within, "--method", "zero", "--out", out) == 0
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    words = ("export", folder / "model", "--edit", out / "edit", "--out", tmp_path / "edited")
+    assert "No space left" in failed(capsys, *words)
+    assert not [place for place in tmp_path.iterdir() if "edited" in place.name]
+
+
 def test_debug_shows_the_traceback(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none.jsonl"):
         run("localize", folder / "model", "none.jsonl", "--debug", "--out", tmp_path / "o")

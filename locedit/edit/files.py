@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from locedit.components import ComponentSet
@@ -123,12 +124,20 @@ def export(edit: Edit, model: Model, folder: str | Path, *, force: bool) -> None
             _export_folder(edit, model, temporary)
 
 
+def _save_pretrained(module: Any, folder: Path) -> None:
+    """As transformers does; what safetensors cannot write is an OSError like any other."""
+    try:
+        module.save_pretrained(str(folder))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def _export_folder(edit: Edit, model: Model, folder: Path) -> None:
     """The edited weights; an adapter that wraps the base is merged into a copy of them."""
     with edit.applied(model):
         module = model.core
         if model.module is not model.core:
             module = copy.deepcopy(model.module).merge_and_unload()  # type: ignore[operator]
-        module.save_pretrained(str(folder))
+        _save_pretrained(module, folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(str(folder))

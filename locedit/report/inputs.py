@@ -10,6 +10,7 @@ from locedit.errors import LoceditError
 from locedit.provenance import Provenance
 from locedit.results import Comparison, Evaluation
 from locedit.scores import Scores
+from locedit.storage import read_json
 
 CHOICES = "Scores, ComponentSet, Edit, Evaluation, Comparison, RunResults, a run's folder"
 
@@ -102,6 +103,8 @@ def read_run(folder: str | Path) -> RunResults:
         raise LoceditError(f"{folder}: no such run folder")
     evaluation, comparison = _first(path, "evaluation"), _first(path, "comparison")
     edit = path / "edit" / "edit.json"
+    if edit.exists():
+        _refuse_other_edit(path, edit)
     run = RunResults(
         name=path.name,
         scores=tuple(Scores.load(file.parent) for file in sorted((path / "localize").glob("*/scores.json"))),
@@ -115,14 +118,22 @@ def read_run(folder: str | Path) -> RunResults:
     return run
 
 
+def _refuse_other_edit(path: Path, edit: Path) -> None:
+    """A page must not set results of an earlier edit beside the one that is in the folder now."""
+    digest = _edit_summary(edit).get("digest")
+    for name, again in (("comparison", "locedit edit --controls N"), ("evaluation", "locedit evaluate")):
+        file = path / name / "stage.json"
+        made_for = read_json(file).get("edit") if file.exists() else None
+        if made_for and digest and made_for != digest:
+            raise LoceditError(f"{path / name} was made for another edit than {edit.parent}; run {again} with --force")
+
+
 def _first(path: Path, name: str) -> Path | None:
     places = (path / f"{name}.json", path / name / f"{name}.json")
     return next((place for place in places if place.exists()), None)
 
 
 def _edit_summary(file: Path) -> dict[str, Any]:
-    from locedit.storage import read_json
-
     value = read_json(file)
     if not isinstance(value, dict):
         raise LoceditError(f"{file}: not the record of an edit (a JSON object is expected)")

@@ -115,6 +115,8 @@ def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: 
         raise LoceditError(f"{name} cannot be held as {hold!r}; {nearest(hold, method.holds)}")
     if within is None and name in NEEDS_SET:
         raise LoceditError(f"{name} needs a component set (--within FILE): on the whole model nothing would be left")
+    if within is not None and not within:
+        raise LoceditError(f"{name}: the component set is empty: there is nothing to change")
     if within is not None and not method.restrictable:
         raise LoceditError(f"{name} cannot be restricted to a component set; leave out --within")
     method.check(name, task, chosen)
