@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from locedit.commands import run
 
         return run(args)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout has gone, as in `locedit methods | head`
+        return 0
     except KeyboardInterrupt:
         return _say("interrupted; nothing half-written was left, and the same command continues where it stopped", 130)
     except Exception as error:

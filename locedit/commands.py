@@ -103,7 +103,7 @@ def localize_command(args: argparse.Namespace) -> None:
         if chosen is not None:
             chosen.save(run_folder.folder / "localize" / name / "components.json")
     if found[0][1] is not None:
-        _save_set(run_folder, found[0][1])
+        _save_set(run_folder, found[0][1], by=names[0])
 
 
 def _refuse_other_set(run_folder: Run, chosen: ComponentSet) -> None:
@@ -113,10 +113,10 @@ def _refuse_other_set(run_folder: Run, chosen: ComponentSet) -> None:
         raise LoceditError(f"{path} holds another set; give --force or another --out")
 
 
-def _save_set(run_folder: Run, chosen: ComponentSet) -> None:
+def _save_set(run_folder: Run, chosen: ComponentSet, *, by: str) -> None:
     path = run_folder.folder / "components.json"
     chosen.save(path)
-    note(f"{path}: {chosen}")
+    note(f"{path}: {chosen}, by {by}")
 
 
 def _scored(run_folder: Run, model: Model, task: Task, name: str, options: dict[str, Any]) -> Scores:

@@ -23,7 +23,7 @@ from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.provenance import measure
 from locedit.results import Comparison, Curve, Role
-from locedit.unlearn import METHODS, objective, prepare, unlearn
+from locedit.unlearn import METHODS, objective, prepare
 
 Component = tuple[str, int]
 Row = dict[str, float]
@@ -61,6 +61,9 @@ def compare(
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
+    if not METHODS[name].trained and METHODS[name].dose is None:
+        compared = ", ".join(n for n, method in METHODS.items() if method.trained or method.dose)
+        raise LoceditError(f"{name} has no dose that controls could follow; methods that can be compared: {compared}")
     seeds = list(seeds)
     settings = options | {"hold": hold, "seeds": seeds}
     with measure(f"compare {name}", model=model, data=task, settings=settings) as measured:
@@ -72,7 +75,7 @@ def compare(
             )
             edits = made.edits
         else:
-            ablated = _Ablated(model, task, name, hold=hold, options=options, probes=probes)
+            ablated = _Ablated(model, task, name, hold=hold, options=chosen, probes=probes)
             shown = complement if complement is not None else True
             curves, reached = ablated.curves(
                 within, seeds=seeds, level=level, everything=everything, complement=shown, scores=scores
@@ -189,7 +192,7 @@ class _Ablated:
         name: str,
         *,
         hold: str,
-        options: Mapping[str, Any],
+        options: Any,
         probes: Mapping[str, Sequence[Example]],
     ) -> None:
         self.model, self.task, self.name, self.hold, self.options = model, task, name, hold, options
@@ -256,7 +259,8 @@ class _Ablated:
         for site, index in places:
             chosen.setdefault(site, []).append(index)
         part = self.model.components(chosen)
-        return unlearn(self.model, self.task, self.name, within=part, hold=self.hold, **self.options)
+        recipe = METHODS[self.name].function
+        return recipe(self.model, self.task, within=part, hold=self.hold, options=self.options)
 
 
 def doses(size: int, limit: int) -> list[int]:

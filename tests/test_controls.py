@@ -125,3 +125,26 @@ def test_a_set_of_whole_sites_has_no_random_control() -> None:
     within = model.components({"blocks.0.mlp.neuron": range(model.d_mlp)})
     with pytest.raises(LoceditError, match="a random set of the same size is the set itself"):
         compare(model, edits.task(), "zero", within=within)
+
+
+def test_the_random_sets_edits_are_kept_for_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controls, "levels", known_levels)
+    model = tiny.model("llama")
+    within = found_set(model)
+    found = compare(model, edits.task(), "zero", within=within, scores=scores_for(model), seeds=[0, 1])
+    assert list(found.edits) == ["random 0", "random 1"]
+    for edit in found.edits.values():
+        assert edit.within is not None
+        assert edit.within.by_layer() == within.by_layer()
+        assert edit.within != within
+
+
+def test_a_recipe_without_a_dose_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from locedit.unlearn import METHODS
+
+    monkeypatch.setitem(METHODS, "zero", dataclasses.replace(METHODS["zero"], dose=None))
+    model = tiny.model("llama")
+    with pytest.raises(LoceditError, match="no dose"):
+        compare(model, edits.task(), "zero", within=found_set(model), seeds=[0])

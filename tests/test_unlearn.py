@@ -179,7 +179,7 @@ def test_retain_weight_zero_needs_no_retain_data() -> None:
 
 def test_what_a_method_requires_is_said_before_a_model_is_needed() -> None:
     task = edits.task()
-    with pytest.raises(LoceditError, match="no unlearning method 'npoo'; did you mean 'npo'"):
+    with pytest.raises(LoceditError, match="unknown unlearning method 'npoo'; did you mean 'npo'"):
         prepare("npoo", task)
     with pytest.raises(LoceditError, match="npo has no option 'beat'; did you mean 'beta'"):
         prepare("npo", task, beat=1.0)
@@ -198,3 +198,21 @@ def test_every_method_names_its_paper_and_options() -> None:
     for name, method in METHODS.items():
         assert "arXiv:" in method.paper, name
         assert method.options() is not None
+
+
+def test_a_recipe_says_the_levels_before_and_after() -> None:
+    model = tiny.model("llama")
+    within = model.components({"blocks.0.mlp.neuron": range(40)})
+    forget = encode(model, edits.task().forget)
+    before = float(answer_probabilities(model, forget).mean())
+    edit = unlearn(model, edits.task(), "zero", within=within)
+    with edit.applied(model) as edited:
+        after = float(answer_probabilities(edited, forget).mean())
+    assert edit.history["step"] == [0, 1]
+    assert edit.history["forget"] == pytest.approx([before, after])
+    assert before != pytest.approx(after)
+
+
+def test_lora_options_need_an_adapter() -> None:
+    with pytest.raises(LoceditError, match="--hold adapter"):
+        prepare("npo", edits.task(), rank=4)

@@ -147,7 +147,10 @@ class Edit:
 
     @contextmanager
     def applied(self, model: Model) -> Generator[Model]:
-        """The edited model inside the block; the same bits as before afterwards, also after an exception."""
+        """The edited model inside the block; the same bits as before afterwards, also after an exception.
+
+        `model` is the same module and is edited inside the block too: measure the base before it.
+        """
         self.check(model)
         with ExitStack() as stack:
             for part in self.parts or (self,):

@@ -1,5 +1,6 @@
 """Unlearning methods by name: any loss or recipe, within any component set, held as weights or as an adapter."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -7,16 +8,16 @@ from typing import Any
 from locedit import options as option_values
 from locedit._callable import make_callable
 from locedit.components import ComponentSet
-from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task, as_task
 from locedit.edit import ablation
 from locedit.edit.edit import Edit
+from locedit.edit.levels import levels
 from locedit.edit.objective import Objective
 from locedit.edit.train import TrainOptions, train
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model
 from locedit.unlearn import grad_diff, gradient_ascent, injection, npo
-from locedit.unlearn.registry import Method, RetainOptions, retain_terms
+from locedit.unlearn.registry import Method, RetainOptions, nll, objective_of, retain_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,14 @@ def _scale(model: Model, task: Task, *, within: ComponentSet, hold: Any, options
     return ablation.scale(model, within, options.factor, hold=hold)
 
 
-_recipe = functools.partial(Method, trained=False, holds=("weights", "hooks"), requires=())
+_ablation = functools.partial(
+    Method, trained=False, dose="components", needs_set=True, holds=("weights", "hooks"), requires=()
+)
 
 METHODS: dict[str, Method] = {
-    "zero": _recipe(function=_zero, options=NoOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
-    "mean": _recipe(function=_mean, options=NoOptions, paper="Wang et al. 2023, arXiv:2211.00593"),
-    "scale": _recipe(function=_scale, options=ScaleOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
+    "zero": _ablation(function=_zero, options=NoOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
+    "mean": _ablation(function=_mean, options=NoOptions, paper="Wang et al. 2023, arXiv:2211.00593"),
+    "scale": _ablation(function=_scale, options=ScaleOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
     "injection": Method(
         function=injection.loss,
         options=injection.InjectionOptions,
@@ -80,7 +83,6 @@ METHODS: dict[str, Method] = {
         paper="Zhang et al. 2024, arXiv:2404.05868",
     ),
 }
-NEEDS_SET = ("zero", "mean", "scale")
 
 
 def unlearn(
@@ -101,19 +103,32 @@ def unlearn(
     chosen = prepare(name, task, within=within, hold=hold, **options)
     method = METHODS[name]
     if not method.trained:
-        return method.function(model, task, within=within, hold=hold, options=chosen)
+        edit = method.function(model, task, within=within, hold=hold, options=chosen)
+        return edit if edit.history else _with_levels(model, task, edit)
     return train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
+
+
+def _with_levels(model: Model, task: Task, edit: Edit) -> Edit:
+    """The edit of a recipe with a history of two rows: the levels without it and with it."""
+    probes = objective_of(model, task, nll, name="levels").probes
+    before = levels(model, probes)
+    with edit.applied(model) as edited:
+        after = levels(edited, probes)
+    history: dict[str, list[Any]] = {"step": [0, 1]} | {name: [before[name], after[name]] for name in probes}
+    return dataclasses.replace(edit, history=history)
 
 
 def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: str = "weights", **options: Any) -> Any:
     """The method's options, filled and checked against the task; needs no model, so it can run before loading one."""
     if name not in METHODS:
-        raise LoceditError(f"no unlearning method {name!r}; {nearest(name, METHODS)}")
+        raise LoceditError(f"unknown unlearning method {name!r}; {nearest(name, METHODS)}")
     method = METHODS[name]
     chosen = option_values.fill(method.options, options, method=name)
     if hold not in method.holds:
         raise LoceditError(f"{name} cannot be held as {hold!r}; {nearest(hold, method.holds)}")
-    if within is None and name in NEEDS_SET:
+    if hold != "adapter" and (stray := {"rank", "alpha"} & options.keys()):
+        raise LoceditError(f"{name}: {min(stray)} is of a LoRA adapter; it needs hold='adapter' (--hold adapter)")
+    if within is None and method.needs_set:
         raise LoceditError(f"{name} needs a component set (--within FILE): on the whole model nothing would be left")
     if within is not None and not within:
         raise LoceditError(f"{name}: the component set is empty: there is nothing to change")
@@ -128,20 +143,27 @@ def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: 
 def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective:
     """The trainer's objective for a trained method: its loss, its data, and the data whose levels are followed."""
     method = METHODS[name]
-    forget = encode(model, task.forget)
-    retain = encode(model, task.retain) if task.retain is not None else None
     used = "retain" in method.requires and getattr(options, "retain_weight", 0) != 0
-    learned = forget if method.learns is None else encode(model, method.learns(task))
-    return Objective(
-        loss=functools.partial(method.function, options=options),
-        forget=learned,
-        retain=retain if used else None,
-        probes={"forget": forget} | ({"retain": retain} if retain else {}),
+    return objective_of(
+        model,
+        task,
+        functools.partial(method.function, options=options),
         name=name,
-        hash=task.hash,
+        learns=None if method.learns is None else method.learns(task),
+        retain=used,
     )
 
 
 make_callable(__name__)
 
-__all__ = ["METHODS", "Method", "RetainOptions", "objective", "prepare", "retain_terms", "unlearn"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "RetainOptions",
+    "nll",
+    "objective",
+    "objective_of",
+    "prepare",
+    "retain_terms",
+    "unlearn",
+]

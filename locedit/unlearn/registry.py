@@ -1,17 +1,19 @@
 """What an unlearning method is, and what the trained ones share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from locedit import losses
+from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
-from locedit.edit.objective import Step
+from locedit.edit.objective import Loss, Objective, Step
 from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError
 from locedit.losses import Scored
+from locedit.models import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,10 @@ class Method:
     restrictable: bool = True
     "whether it can be kept inside a component set"
     trained: bool = True
+    dose: Literal["components"] | None = None
+    "of a recipe: what is raised when it is compared with its controls; a trained method's dose is its steps"
+    needs_set: bool = False
+    "whether it makes no sense on the whole model"
     holds: tuple[str, ...] = ("weights", "adapter")
     "how the edit can be held"
     learns: Callable[[Task], Dataset] | None = None
@@ -54,6 +60,39 @@ class Method:
                     "folder, or train without: --retain-weight 0"
                 )
             task.require(role, by=name)
+
+
+def objective_of(
+    model: Model,
+    task: Task,
+    loss: Loss,
+    *,
+    name: str,
+    learns: Dataset | None = None,
+    retain: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Objective:
+    """The trainer's objective for a loss, for losses and for the trained steps of a recipe.
+
+    The loss sees `learns` (by default the forget data) as `step.forget`, and with `retain` the retain data as
+    `step.retain`. The levels of forget and, where there is one, retain are followed in any case.
+    """
+    forget = encode(model, task.forget)
+    kept = encode(model, task.retain) if task.retain is not None else None
+    return Objective(
+        loss=loss,
+        forget=forget if learns is None else encode(model, learns),
+        retain=kept if retain else None,
+        probes={"forget": forget} | ({"retain": kept} if kept else {}),
+        name=name,
+        settings=settings or {},
+        hash=task.hash,
+    )
+
+
+def nll(step: Step) -> dict[str, Tensor]:
+    """The plain loss of learning: {"forget_nll": mean over examples of the mean over scored tokens, in nats}."""
+    return {"forget_nll": losses.sequence_nll(step.score(step.forget)).mean()}
 
 
 def retain_terms(step: Step, options: RetainOptions) -> dict[str, Tensor]:
