@@ -196,6 +196,7 @@ def _compare(
 ) -> None:
     from locedit.controls import compare
     from locedit.results import Comparison
+    from locedit.unlearn import METHODS
 
     def save(made: Comparison, folder: Path) -> None:
         made.save(folder / "comparison.json")
@@ -212,7 +213,7 @@ def _compare(
             within=within,
             hold=args.hold,
             seeds=range(args.controls),
-            scores=_scores_behind(within, run_folder),
+            scores=_scores_behind(within, run_folder) if METHODS[args.method].dose == "components" else None,
             edit=edit,
             **options,
         ),
@@ -226,9 +227,16 @@ def _compare(
 
 
 def _scores_behind(within: ComponentSet, run_folder: Run) -> Scores | None:
-    """The scores of the run that the set was chosen from, to order its components; None when they are elsewhere."""
-    folder = run_folder.folder / "localize" / (within.provenance.method if within.provenance else "")
-    return Scores.load(folder) if (folder / "scores.json").exists() else None
+    """The scores that the set was chosen from, to order its components; None when this run does not hold them."""
+    chosen = within.provenance
+    folder = run_folder.folder / "localize" / (chosen.method if chosen else "")
+    if chosen is not None and (folder / "scores.json").exists():
+        made = (scores := Scores.load(folder)).provenance
+        settings = {name: value for name, value in chosen.settings.items() if name != "select"}
+        if made is not None and dataclasses.replace(chosen, settings=settings) == made:
+            return scores
+    note("the scores behind the set are not in this run; its components are compared in random order")
+    return None
 
 
 def _control_edits(edit_folder: str, edit: Any) -> dict[str, Any]:

@@ -70,4 +70,7 @@ def measure_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
 
 
 def _with_interval(measure: Measure | None) -> str:
-    return "-" if measure is None else f"{measure.value:.3g} [{measure.low:.3g}, {measure.high:.3g}]"
+    if measure is None:
+        return "-"
+    known = measure.low == measure.low  # NaN: too few examples for an interval
+    return f"{measure.value:.3g}" + (f" [{measure.low:.3g}, {measure.high:.3g}]" if known else "")

@@ -68,6 +68,11 @@ class Findings:
         ]
         return mean_by_item(parts, count=len(arm.items))
 
+    def start(self, arm: Arm) -> Float[Tensor, " item"]:
+        """The same before the attack's first step."""
+        parts = [(halves.measured, run.measured[0]) for halves, run in zip(arm.halves, arm.runs, strict=True)]
+        return mean_by_item(parts, count=len(arm.items))
+
     def retained(self, arm: Arm) -> Float[Tensor, " retained"]:
         """Metric of each measured retain item at the dose, averaged over the splits."""
         return torch.stack([run.retain[at_dose(run, self.doses[run.split])] for run in arm.runs]).mean(0)
@@ -165,10 +170,11 @@ def _comparisons(found: Findings) -> list[str]:
     random = [arm for arm in found.arms if arm.role == "random"]
     if random:
         values = torch.stack([found.back(arm).mean() for arm in random])
+        start = torch.stack([found.start(arm).mean() for arm in random])
         sets = "a random set" if len(random) == 1 else f"{len(random)} random sets"
-        parts.append(f"{sets} of the same size: {_mean(values)}")
+        parts.append(f"{sets} of the same size: {_mean(values)} (from {_mean(start)} before the attack)")
     named = [arm for arm in found.arms if arm.role in ("everything", "complement", "other", "shallow")]
-    return parts + [f"{arm.name}: {_mean(found.back(arm))}" for arm in named]
+    return parts + [f"{arm.name}: {_mean(found.back(arm))} (from {_mean(found.start(arm))})" for arm in named]
 
 
 def _owners(arm: Arm, halves: Halves) -> int:
