@@ -1,14 +1,13 @@
 """What a model knows of a task, how one prompt looks to it, and which methods can run at what cost."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
-from locedit.data import Example, Task, batches, encode
+from locedit.data import Example, Task, encode
 from locedit.data.items import ROLES, Dataset
 from locedit.errors import LoceditError
-from locedit.losses import score, token_log_probs
+from locedit.evaluate.scoring import token_scores
 from locedit.models import Model
 
 SCORED = ("forget", "retain", "heldout")
@@ -29,20 +28,11 @@ def check(model: Model, task: Task) -> Iterator[str]:
     yield from _methods(model, task)
 
 
-@torch.inference_mode()
-def knowledge(model: Model, examples: list[Example], *, batch_size: int = 32) -> tuple[float, float]:
+def knowledge(model: Model, examples: list[Example]) -> tuple[float, float]:
     """(mean probability of the targets as a whole, share of examples with every target the most likely token)."""
-    log_probability: dict[str, float] = {}
-    known: dict[str, bool] = {}
-    for batch in batches(examples, model, batch_size):
-        scored = score(model, batch)
-        best = scored.logits.argmax(-1) == scored.labels
-        for row, logp, hit in zip(scored.row.tolist(), token_log_probs(scored).tolist(), best.tolist(), strict=True):
-            name = batch.rows[row].id
-            log_probability[name] = log_probability.get(name, 0.0) + logp
-            known[name] = known.get(name, True) and hit
-    probabilities = torch.tensor(list(log_probability.values())).exp()
-    return float(probabilities.mean()), sum(known.values()) / len(known)
+    found = token_scores(model, examples)
+    probabilities = [math.exp(-scores.nll) for scores in found]
+    return sum(probabilities) / len(found), sum(bool(scores.hits.all()) for scores in found) / len(found)
 
 
 def _knows(model: Model, role: str, data: Dataset) -> str:

@@ -11,7 +11,7 @@ sets can be counted, joined and complemented without the model.
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,10 +199,6 @@ class ComponentSet:
 
     def __len__(self) -> int:
         return sum(map(len, self.chosen.values())) + sum(int(mask.sum()) for mask in self.masks.values())
-
-    def __contains__(self, component: tuple[str, int]) -> bool:
-        name, index = component
-        return index in self.indices(name)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ComponentSet):
@@ -447,9 +443,6 @@ class ComponentSet:
                 f'{path}: not a component set ({error!r}); it needs "universe": {{site: size}} and '
                 f'"components": {{site: [numbers]}}'
             ) from error
-
-    def with_provenance(self, provenance: Provenance) -> "ComponentSet":
-        return replace(self, provenance=provenance)
 
     def plot(self) -> Any:
         """How many components each layer holds, as a plotly figure."""

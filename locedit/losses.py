@@ -2,26 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from locedit.data.encode import Batch, Example, batches
+from locedit.data.encode import Batch, Encoder, Example, batches
 from locedit.errors import LoceditError
 
 
 @runtime_checkable
-class ScoringModel(Protocol):
+class ScoringModel(Encoder, Protocol):
     """The part of a model that losses need."""
 
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def causal(self) -> bool: ...
-    @property
-    def max_length(self) -> int | None: ...
     def logits(self, batch: Batch, *, at: Tensor | None = None) -> Tensor: ...
 
 
