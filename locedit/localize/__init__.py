@@ -5,42 +5,20 @@ scores = localize(model, facts, "depn", steps=20, quadrature="right")
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from locedit._callable import make_callable
-from locedit.data.encode import encode
+from locedit.components import UNITS
 from locedit.data.items import KINDS, Dataset, Item, Task
 from locedit.errors import LoceditError, nearest
 from locedit.localize import baselines, depn, knowledge_neurons
-from locedit.localize.blocks import row_bytes
-from locedit.localize.integrated_gradients import FIRST_STEPS, GradientOptions
+from locedit.localize.integrated_gradients import memory as gradient_memory
+from locedit.localize.registry import Localizer
 from locedit.models import Model
 from locedit.options import fill
 from locedit.provenance import measure
 from locedit.scores import Scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class Localizer:
-    """One entry of the registry."""
-
-    function: Callable[[Model, Task, Any], Scores]
-    options: type[Any]
-    "a frozen dataclass"
-    summary: str
-    "one line"
-    requires: tuple[str, ...] = ()
-    "parts of a task that it reads"
-    kinds: tuple[str, ...] = ()
-    "kinds of items it can read; empty = any"
-    units: tuple[str, ...] = ("neuron",)
-    "units it can score"
-    causal: bool | None = None
-    "True = causal models only, False = masked models only"
-    paper: str = ""
-
 
 _TEXTS = ("fact", "private", "plain", "tokens", "labelled")
 LOCALIZERS: dict[str, Localizer] = {
@@ -50,6 +28,7 @@ LOCALIZERS: dict[str, Localizer] = {
         summary="integrated gradients of each private token or answer, summed over its tokens",
         requires=("forget",),
         kinds=_TEXTS,
+        memory=gradient_memory,
         paper="Wu et al. 2023, arXiv:2310.20138",
     ),
     "knowledge_neurons": Localizer(
@@ -58,6 +37,7 @@ LOCALIZERS: dict[str, Localizer] = {
         summary="integrated gradients, kept where the paraphrases of a fact agree",
         requires=("forget",),
         kinds=("fact",),
+        memory=gradient_memory,
         paper="Dai et al. 2022, arXiv:2104.08696",
     ),
     "activation": Localizer(
@@ -106,7 +86,9 @@ class Cost(NamedTuple):
 def localize(model: Model, data: Task | Dataset | Sequence[Item], name: str, **options: Any) -> Scores:
     """The scores of a localizer; a data set or a list of items is what is to be forgotten."""
     method, task, settings = _prepared(model, data, name, options)
-    with measure(name, model=model, data=task.forget, settings=settings, seed=options.get("seed")) as measured:
+    with measure(
+        name, model=model, data=method.reads(task)[1], settings=settings, seed=options.get("seed")
+    ) as measured:
         scores = method.function(model, task, settings)
     return dataclasses.replace(scores, provenance=measured.provenance)
 
@@ -118,30 +100,26 @@ def estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **o
     an upper bound beside the model.
     """
     method, task, settings = _prepared(model, data, name, options)
-    items = sorted(task.forget, key=_length)
+    role, data_set = method.reads(task)
+    items = sorted(data_set, key=_length)
     count = min(len(items), TRIED)
     tried = [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-    method.function(model, _only(task, tried[:1]), settings)  # what happens only once
+    method.function(model, _only(task, role, tried[:1]), settings)  # what happens only once
     start = time.perf_counter()
-    method.function(model, _only(task, tried), settings)
+    method.function(model, _only(task, role, tried), settings)
     seconds = (time.perf_counter() - start) * (len(items) / count if method.requires else 1)
-    return Cost(seconds=seconds, bytes=_memory(model, task, settings))
+    return Cost(seconds=seconds, bytes=memory(model, data_set, method, settings))
 
 
-def _only(task: Task, items: Sequence[Item]) -> Task:
-    return dataclasses.replace(task, forget=task.forget.replace(items))
+def memory(model: Model, items: Dataset, method: Localizer, settings: Any) -> int:
+    """Bytes beside the model that a run needs at most: the scores as they are summed up, and what the method says."""
+    unit = getattr(settings, "unit", method.units[0])
+    kept = 8 * sum(site.count for site in model.sites(unit).values()) if unit in UNITS else 0
+    return kept + (method.memory(model, items, settings) if method.memory else 0)
 
 
-def _memory(model: Model, task: Task, settings: Any) -> int:
-    """The scores as they are summed up, and for gradients the rows of one pass, at most the budget."""
-    kept = 4 * 8 * model.n_layers * model.d_mlp
-    if not isinstance(settings, GradientOptions):
-        return kept
-    examples = encode(model, task.forget)
-    length = max(len(example.ids) for example in examples)
-    targets = max(len(example.targets) for example in examples)
-    rows = settings.batch * targets * model.n_layers * 2 * (settings.steps or FIRST_STEPS)
-    return kept + min(settings.memory_mb * 2**20, rows * row_bytes(model, length))
+def _only(task: Task, role: str, items: Sequence[Item]) -> Task:
+    return dataclasses.replace(task, **{role: task.require(role, by="localize").replace(items)})
 
 
 def _length(item: Item) -> int:
@@ -160,9 +138,10 @@ def _prepared(
     task = _task(data)
     for part in method.requires:
         task.require(part, name)
-    if method.kinds and task.forget.kind not in method.kinds:
+    _, items = method.reads(task)
+    if method.kinds and items.kind not in method.kinds:
         wanted = " or ".join(KINDS[kind].__name__ for kind in method.kinds)
-        raise LoceditError(f"{name} needs items of kind {wanted}; {task.forget.source} holds {task.forget.kind!r}")
+        raise LoceditError(f"{name} needs items of kind {wanted}; {items.source} holds {items.kind!r}")
     if method.causal not in (None, model.causal):
         raise LoceditError(f"{name} needs a {'causal' if method.causal else 'masked'} model; {model.name} is not one")
     return method, task, settings

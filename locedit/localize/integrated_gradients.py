@@ -21,8 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from locedit import progress
-from locedit.data.encode import Example
+from locedit.data.encode import Example, encode
+from locedit.data.items import Dataset
 from locedit.errors import LoceditError
+from locedit.localize.blocks import row_bytes
 from locedit.localize.captum_path import CaptumPaths
 from locedit.localize.paths import Objective, Paths, Prompt, Where, objective_value, prompts_of
 from locedit.localize.quadrature import Quadrature, graded, rule
@@ -237,3 +239,12 @@ def _joined(parts: Sequence[Attribution], *, span: Literal["sum", "mean"]) -> At
         steps=torch.cat([part.steps for part in parts]),
         incomplete=torch.cat([part.incomplete for part in parts]),
     )
+
+
+def memory(model: Model, items: Dataset, options: GradientOptions) -> int:
+    """Bytes that the rows of one pass take at most, within the budget."""
+    examples = encode(model, items)
+    length = max(len(example.ids) for example in examples)
+    targets = max(len(example.targets) for example in examples)
+    rows = options.batch * targets * model.n_layers * 2 * (options.steps or FIRST_STEPS)
+    return 24 * model.n_layers * model.d_mlp + min(options.memory_mb * 2**20, rows * row_bytes(model, length))
