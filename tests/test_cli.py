@@ -266,7 +266,7 @@ def test_control_prompts_go_through_the_same_template(folder: Path) -> None:
     words = ("localize", folder / "model", folder / "facts.jsonl", "--method", "activation", "--top", 1)
     template = ("--chat", "Q: {{ messages[0].content }} A:")
     from locedit.cli import parse_arguments
-    from locedit.commands import _control_scores  # pyright: ignore[reportPrivateUsage]
+    from locedit.commands.localize import _control_scores  # pyright: ignore[reportPrivateUsage]
     from locedit.models import load
 
     given = [*map(str, words), "--minus", str(folder / "facts.jsonl"), "--out", "unused"]

@@ -1,0 +1,64 @@
+"""What all commands share: reading what the user gave, and the record of a run."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from locedit.data import Task, read_task
+from locedit.errors import LoceditError
+from locedit.models import Model, load
+from locedit.runs import Run
+from locedit.terminal import note
+
+
+def read_model(args: argparse.Namespace) -> Model:
+    """The model of the command line, with its tokenizer."""
+    return load(args.model, tokenizer=args.tokenizer, dtype=args.dtype, device=args.device, device_map=args.device_map)
+
+
+def read_data(args: argparse.Namespace) -> Task:
+    """The task of the command line, with fields renamed, forget items chosen and the chat template set."""
+    task = read_task(args.data, args.fields)
+    if args.where:
+        task = dataclasses.replace(task, forget=task.forget.where(**_where(args.where)))
+    return task.with_chat(args.chat) if args.chat != "off" else task
+
+
+def _where(text: str) -> dict[str, list[str]]:
+    wanted: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise LoceditError(f"--where {text!r}: {part!r} is not FIELD=VALUE")
+        wanted.setdefault(name.strip(), []).append(value.strip())
+    return wanted
+
+
+def about(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """What all stages of one run share; what each was made from stands in its stage.json."""
+    return {
+        "model": str(args.model),
+        "fingerprint": model.fingerprint,
+        "data": str(args.data),
+        "fields": args.fields,
+        "chat": args.chat,
+    }
+
+
+def start(args: argparse.Namespace) -> tuple[Run, Model, Task]:
+    run_folder = Run(folder=Path(args.out), force=args.force)
+    model, task = read_model(args), read_data(args)
+    return run_folder, model, task
+
+
+def key(model: Model, task: Task, **more: Any) -> dict[str, Any]:
+    return {"model": model.fingerprint, "data": task.hash, **more}
+
+
+def reused(folder: str) -> None:
+    note(f"{folder} is there already, made with the same settings")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,44 @@
+"""`locedit check`, `lab` and `demo`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from locedit.commands.inputs import read_data, read_model, reused
+from locedit.errors import LoceditError
+from locedit.storage import read_json, refuse_overwrite
+from locedit.terminal import note
+
+
+def lab_command(args: argparse.Namespace) -> None:
+    """A world and its model, as files."""
+    from locedit.lab import lab, write_lab
+
+    options: dict[str, Any] = {"arch": args.arch, "size": args.size, "seed": args.seed}
+    there = Path(args.out) / "lab.json"
+    if there.exists() and not args.force and read_json(there).get("key") == lab(args.world, **options).report["key"]:
+        return reused(args.out)
+    refuse_overwrite(args.out, force=args.force)
+    made = write_lab(args.out, world=args.world, force=args.force, **options)
+    note(f"{args.out}: model/ and the tasks facts/ and private/")
+    known = ", ".join(f"{name} {share:.3f}" for name, share in made.report["facts"]["forget"].items())
+    return note(f"facts that the model answers, by format: {known}")
+
+
+def check_command(args: argparse.Namespace) -> None:
+    """What the model knows of the data and what can be done with it."""
+    from locedit.check import check
+
+    for line in check(read_model(args), read_data(args)):
+        sys.stdout.write(line + "\n")
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """The whole flow on a lab model."""
+    from locedit.demo import demo
+
+    if args.extra:
+        raise LoceditError(f"demo has no option --{next(iter(args.extra))}")
+    page = demo(args.out, arch=args.arch, seed=args.seed, force=args.force)
+    note(f"the report is {page}; open it in a browser")
