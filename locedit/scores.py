@@ -1,13 +1,13 @@
 """How important each component is: what every localizer returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
+from locedit.edges import EdgeScores
 from locedit.errors import LoceditError
 from locedit.provenance import Provenance
 from locedit.storage import read_json, read_tensors, write_json, write_tensors
@@ -42,6 +42,8 @@ class Scores:
     "named tables behind the scores"
     fingerprint: str = ""
     provenance: Provenance | None = None
+    edges: EdgeScores | None = None
+    "scores of the edges between these components, where the localizer gives them"
 
     def __post_init__(self) -> None:
         if missing := self.values.keys() - self.sites.keys():
@@ -63,6 +65,11 @@ class Scores:
     def __repr__(self) -> str:
         return f"Scores({self})"
 
+    def made_by(self, provenance: Provenance) -> "Scores":
+        """The same scores, and edges, with that record of how they were made."""
+        edges = None if self.edges is None else replace(self.edges, provenance=provenance)
+        return replace(self, provenance=provenance, edges=edges)
+
     def top(self, k: int, *, sign: Sign | str = "positive") -> list[tuple[str, int, float]]:
         """The k best (site, component, score), best first; fewer where fewer have the sign."""
         from locedit.select import best
@@ -79,21 +86,32 @@ class Scores:
         shared: float | None = None,
         sign: Sign | str = "positive",
         minus: "Scores | None" = None,
+        fill: str = "under",
     ) -> "ComponentSet":
         """The most important components under one budget. See `locedit.select.select` for the options."""
         from locedit.select import select
 
         return select(
-            self, top=top, fraction=fraction, params=params, threshold=threshold, shared=shared, sign=sign, minus=minus
+            self,
+            top=top,
+            fraction=fraction,
+            params=params,
+            threshold=threshold,
+            shared=shared,
+            sign=sign,
+            minus=minus,
+            fill=fill,
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write scores.safetensors and scores.json into `folder`."""
+        """Write scores.safetensors and scores.json into `folder`, and those of the edges beside them."""
         tensors: dict[str, Tensor] = {f"values/{n}": t for n, t in self.values.items()}
         tensors |= {f"votes/{n}": t for n, t in self.votes.items()}
         for name, parts in self.sparse.items():
             tensors |= {f"sparse/{name}/{word}": t for word, t in zip(_SPARSE, parts, strict=True)}
         write_tensors(Path(folder) / "scores.safetensors", tensors)
+        if self.edges is not None:
+            self.edges.save(folder)
         write_json(Path(folder) / "scores.json", self._header())
 
     def _header(self) -> dict[str, Any]:
@@ -105,6 +123,7 @@ class Scores:
             "universe": {n: site.count for n, site in self.sites.items()},
             "examples": list(self.examples),
             "evidence": self.evidence,
+            "edges": None if self.edges is None else len(self.edges),
             "layout": layout_to_json(self.sites),
             "provenance": self.provenance.to_json() if self.provenance else None,
         }
@@ -128,6 +147,7 @@ class Scores:
                 evidence=header["evidence"],
                 fingerprint=header["model"],
                 provenance=Provenance.from_json(header["provenance"]),
+                edges=EdgeScores.load(folder) if header.get("edges") is not None else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LoceditError(f"{folder}: not a scores folder ({error!r})") from error
@@ -142,26 +162,6 @@ class Scores:
         from locedit.report import fragment
 
         return fragment(self)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EdgeScores:
-    """One number per edge of the computation graph, from the output of one node to the input of another."""
-
-    edges: tuple[tuple[str, int, str, int], ...]
-    "(source site, source component, destination site, destination component)"
-    values: Tensor
-    "float32 `[edges]`"
-    sites: dict[str, "Site"]
-    fingerprint: str = ""
-    provenance: Provenance | None = None
-
-    def nodes(self) -> Scores:
-        """The scores of the nodes: the sum of |score| over the edges that leave each."""
-        values = {name: torch.zeros(site.count) for name, site in self.sites.items()}
-        for (source, index, _, _), value in zip(self.edges, self.values.tolist(), strict=True):
-            values[source][index] += abs(value)
-        return Scores(values=values, sites=self.sites, fingerprint=self.fingerprint, provenance=self.provenance)
 
 
 _SPARSE = ("example", "component", "score")
