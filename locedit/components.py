@@ -541,7 +541,8 @@ def _slice(row: list[Any]) -> Slice:
     )  # fmt: skip
 
 
-from locedit.scores import EdgeScores, Scores, Table  # noqa: E402  (part of the same vocabulary, in a file of its own)
+from locedit.edges import EdgeScores  # noqa: E402
+from locedit.scores import Scores, Table  # noqa: E402  (part of the same vocabulary, in a file of its own)
 
 __all__ = [
     "UNITS", "ComponentSet", "EdgeScores", "Scores", "Site", "Slice", "SlicesFor", "Table", "Touched", "Unit",

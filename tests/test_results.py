@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from locedit.components import EdgeScores, Site
 from locedit.provenance import Provenance, measure
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure
 
@@ -60,10 +59,3 @@ def test_measure_notes_time_and_settings() -> None:
     assert made.peak_memory_mb > 10
     assert "torch" in made.versions
     assert Provenance.from_json(made.to_json()) == made
-
-
-def test_nodes_sum_the_edges_that_leave_them() -> None:
-    sites = {"blocks.0.attn.head": Site(name="blocks.0.attn.head", count=3)}
-    ends = [("blocks.0.attn.head", 0, "x", 0), ("blocks.0.attn.head", 0, "x", 1), ("blocks.0.attn.head", 2, "x", 0)]
-    edges = EdgeScores(edges=tuple(ends), values=torch.tensor([0.5, -0.25, 1.0]), sites=sites)
-    assert edges.nodes().values["blocks.0.attn.head"].tolist() == [0.75, 0.0, 1.0]
