@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from locedit.components import Site
-from locedit.data.items import Dataset, Fact, PrivateText, Task
+from locedit.data.items import Fact, PrivateText
 from locedit.errors import LoceditError
-from locedit.localize import LOCALIZERS, estimate, localize
+from locedit.localize import estimate, localize
 from locedit.localize.aggregate import Aggregate
-from locedit.localize.baselines import output_norm
+from locedit.localize.norms import output_norm
 from locedit.localize.knowledge_neurons import KnowledgeNeuronsOptions, Proposals, keep, refine
 from locedit.models import Model
 from tests import tiny
@@ -222,16 +222,6 @@ def test_activation_is_the_mean_size_times_the_norm(architecture: str) -> None:
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LOCALIZERS)
-def test_every_localizer_takes_a_task_and_says_where_it_comes_from(name: str, model: Model) -> None:
-    task = Task(forget=Dataset(items=tuple(FACTS), source="facts.jsonl"))
-    scores = localize(model, task, name)
-    assert scores.fingerprint == model.fingerprint
-    assert scores.provenance is not None
-    assert (scores.provenance.method, scores.provenance.data) == (name, task.forget.hash)
-    assert len(scores.select(top=3)) == 3
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ class Localizer:
     "whether it reads the task's pairs in the place of the forget data where their kind fits"
     memory: Callable[[Model, Dataset, Any], int] | None = None
     "(model, items, options) -> bytes beside the model that a run needs at most; None = little more than the scores"
+    trial: Callable[[Any], tuple[Any, float]] | None = None
+    "options -> options for a trial run, and how much longer the full run takes; None = the same and 1"
     kinds: tuple[str, ...] = ()
     "kinds of items it can read; empty = any"
     units: tuple[str, ...] = ("neuron",)
