@@ -12,8 +12,11 @@ from locedit._callable import make_callable
 from locedit.components import UNITS
 from locedit.data.items import KINDS, Dataset, Item, Task
 from locedit.errors import LoceditError, nearest
-from locedit.localize import baselines, depn, knowledge_neurons
+from locedit.localize import baselines, depn, eap, fisher, gradient_activation, knowledge_neurons, pcgu
+from locedit.localize.graph import GRAPH_UNITS
 from locedit.localize.integrated_gradients import memory as gradient_memory
+from locedit.localize.known import known
+from locedit.localize.pairs import PairOptions, pairs_of
 from locedit.localize.registry import Localizer
 from locedit.models import Model
 from locedit.options import fill
@@ -40,31 +43,106 @@ LOCALIZERS: dict[str, Localizer] = {
         memory=gradient_memory,
         paper="Dai et al. 2022, arXiv:2104.08696",
     ),
+    "eap": Localizer(
+        function=eap.eap,
+        options=eap.EapOptions,
+        summary="edges between heads and MLPs: output difference of two prompts times the gradient at the input",
+        requires=("forget",),
+        pairs=True,
+        kinds=("patch", "fact"),
+        memory=eap.memory,
+        units=GRAPH_UNITS,
+        causal=True,
+        paper="Syed et al. 2023, arXiv:2310.10348",
+    ),
+    "eap_ig": Localizer(
+        function=eap.eap_ig,
+        options=eap.EapIgOptions,
+        summary="the same, the gradient averaged over inputs between the two prompts",
+        requires=("forget",),
+        pairs=True,
+        kinds=("patch", "fact"),
+        memory=eap.memory,
+        units=GRAPH_UNITS,
+        causal=True,
+        paper="Hanna et al. 2024, arXiv:2403.17806",
+    ),
+    "pcgu": Localizer(
+        function=pcgu.pcgu,
+        options=pcgu.PcguOptions,
+        summary="rows or columns in which the gradients of a contrast pair's two sides point apart",
+        requires=("forget",),
+        pairs=True,
+        kinds=("contrast",),
+        units=("row", "column"),
+        memory=pcgu.memory,
+        paper="Yu et al. 2023, doi:10.18653/v1/2023.findings-acl.375; causal: Dige et al. 2024, arXiv:2406.13551",
+    ),
+    "gradient_activation": Localizer(
+        function=gradient_activation.gradient_activation,
+        options=gradient_activation.GradientActivationOptions,
+        summary="gradient of the answer's log-probability times activation: what zeroing costs, to first order",
+        requires=("forget",),
+        kinds=_TEXTS,
+        units=("neuron", "head"),
+        memory=gradient_activation.gradient_memory,
+        paper="baseline; Simonyan et al. 2013, arXiv:1312.6034",
+    ),
+    "fisher": Localizer(
+        function=fisher.fisher,
+        options=fisher.FisherOptions,
+        summary="Fisher information: each example's own gradient of the loss, squared, mean over the examples",
+        requires=("forget",),
+        kinds=_TEXTS,
+        units=UNITS,
+        memory=fisher.fisher_memory,
+        paper="Kirkpatrick et al. 2017, arXiv:1612.00796",
+    ),
+    "relative_fisher": Localizer(
+        function=fisher.relative_fisher,
+        options=fisher.RelativeFisherOptions,
+        summary="Fisher information of the forget data over that of the retain data",
+        requires=("forget", "retain"),
+        kinds=_TEXTS,
+        units=UNITS,
+        memory=fisher.relative_fisher_memory,
+        paper="Cha et al. 2025, arXiv:2408.06621",
+    ),
     "activation": Localizer(
         function=baselines.activation,
         options=baselines.ActivationOptions,
-        summary="mean |activation| where the answer is predicted, times the neuron's output norm",
+        summary="norm of what a neuron or head writes where the answer is predicted",
         requires=("forget",),
         kinds=_TEXTS,
+        units=("neuron", "head"),
+        memory=baselines.activation_memory,
         paper="baseline; Chang et al. 2024, arXiv:2311.09060",
     ),
     "magnitude": Localizer(
         function=baselines.magnitude,
         options=baselines.MagnitudeOptions,
-        summary="norm of the neuron's weights",
+        summary="norm of a neuron's or head's weights",
+        units=("neuron", "head"),
         paper="baseline",
     ),
     "random": Localizer(
         function=baselines.random,
         options=baselines.RandomOptions,
-        summary="random scores",
+        summary="random scores, or a random set with the layer histogram of a given one",
         units=("neuron", "head", "mlp", "attn", "layer", "matrix", "row", "column", "weight"),
         paper="baseline",
+    ),
+    "all_mlps": Localizer(
+        function=baselines.all_mlps,
+        options=baselines.AllMlpsOptions,
+        summary="all MLPs alike",
+        units=("mlp",),
+        paper="baseline; Guo et al. 2024, arXiv:2410.12949",
     ),
     "everything": Localizer(
         function=baselines.everything,
         options=baselines.EverythingOptions,
-        summary="all components alike",
+        summary="all components of a unit alike",
         units=("neuron", "head", "mlp", "attn", "layer", "matrix", "row", "column", "weight"),
         paper="baseline",
     ),
@@ -84,13 +162,20 @@ class Cost(NamedTuple):
 
 
 def localize(model: Model, data: Task | Dataset | Sequence[Item], name: str, **options: Any) -> Scores:
-    """The scores of a localizer; a data set or a list of items is what is to be forgotten."""
-    method, task, settings = _prepared(model, data, name, options)
-    with measure(
-        name, model=model, data=method.reads(task)[1], settings=settings, seed=options.get("seed")
-    ) as measured:
+    """The scores of a localizer; a data set or a list of items is what is to be forgotten.
+
+    Beside the localizer's own evidence stands, for items with an answer, what the model knows of them ("items").
+    """
+    method, task, settings = prepare(model, data, name, **options)
+    read = method.reads(task)[1]
+    with measure(name, model=model, data=read, settings=settings, seed=getattr(settings, "seed", None)) as measured:
         scores = method.function(model, task, settings)
-    return dataclasses.replace(scores, provenance=measured.provenance)
+        if method.requires and "items" not in scores.evidence:
+            table = known(model, read, batch=getattr(settings, "batch", 16))
+            scores = (
+                scores if table is None else dataclasses.replace(scores, evidence=scores.evidence | {"items": table})
+            )
+    return scores.made_by(measured.provenance)
 
 
 def estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **options: Any) -> Cost:
@@ -99,38 +184,27 @@ def estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **o
     Right within a factor of two or so: adaptive integration takes more points for some items than for others. Memory is
     an upper bound beside the model.
     """
-    method, task, settings = _prepared(model, data, name, options)
-    role, data_set = method.reads(task)
-    items = sorted(data_set, key=_length)
-    count = min(len(items), TRIED)
-    tried = [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-    method.function(model, _only(task, role, tried[:1]), settings)  # what happens only once
-    start = time.perf_counter()
-    method.function(model, _only(task, role, tried), settings)
-    seconds = (time.perf_counter() - start) * (len(items) / count if method.requires else 1)
-    return Cost(seconds=seconds, bytes=memory(model, data_set, method, settings))
+    method, task, settings = prepare(model, data, name, **options)
+    method.function(model, _tried(model, method, task, settings, count=1), _trial(method, settings)[0])  # only once
+    return _cost(model, method, task, settings, count=TRIED)
+
+
+def quick_estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **options: Any) -> Cost:
+    """The same from one item of middle length, run once: too large where the first run has more to do than others."""
+    method, task, settings = prepare(model, data, name, **options)
+    return _cost(model, method, task, settings, count=1)
 
 
 def memory(model: Model, items: Dataset, method: Localizer, settings: Any) -> int:
     """Bytes beside the model that a run needs at most: the scores as they are summed up, and what the method says."""
-    unit = getattr(settings, "unit", method.units[0])
-    kept = 8 * sum(site.count for site in model.sites(unit).values()) if unit in UNITS else 0
+    kept = 8 * sum(site.count for unit in _units(method, settings) for site in model.sites(unit).values())
     return kept + (method.memory(model, items, settings) if method.memory else 0)
 
 
-def _only(task: Task, role: str, items: Sequence[Item]) -> Task:
-    return dataclasses.replace(task, **{role: task.require(role, by="localize").replace(items)})
-
-
-def _length(item: Item) -> int:
-    text = getattr(item, "text", None) or getattr(item, "prompt", "")
-    return len(text) or len(getattr(item, "ids", ()))
-
-
-def _prepared(
-    model: Model, data: Task | Dataset | Sequence[Item], name: str, options: dict[str, Any]
+def prepare(
+    model: Model, data: Task | Dataset | Sequence[Item], name: str, **options: Any
 ) -> tuple[Localizer, Task, Any]:
-    """Everything that can be wrong is found here, before anything runs."""
+    """The localizer, the task and the options; everything that can be seen to be wrong is said before anything runs."""
     if name not in LOCALIZERS:
         raise LoceditError(f"no localizer {name!r}; {nearest(name, LOCALIZERS)}")
     method = LOCALIZERS[name]
@@ -144,7 +218,53 @@ def _prepared(
         raise LoceditError(f"{name} needs items of kind {wanted}; {items.source} holds {items.kind!r}")
     if method.causal not in (None, model.causal):
         raise LoceditError(f"{name} needs a {'causal' if method.causal else 'masked'} model; {model.name} is not one")
+    unit = getattr(settings, "unit", None)
+    if isinstance(unit, str) and unit not in method.units:
+        raise LoceditError(f"{name} does not score unit {unit!r}; {nearest(unit, method.units)}")
+    for unit in _units(method, settings):
+        model.sites(unit)
     return method, task, settings
+
+
+def _units(method: Localizer, settings: Any) -> list[str]:
+    """The units that are scored: "head+mlp" is two."""
+    unit = getattr(settings, "unit", None)
+    return [part for part in str(unit or method.units[0]).split("+") if part in UNITS]
+
+
+# --- estimates -------------------------------------------------------------------------------------------------------
+
+
+def _cost(model: Model, method: Localizer, task: Task, settings: Any, *, count: int) -> Cost:
+    """The time of a run with a few items, as much longer as there are more items, and the memory of the full run."""
+    items = method.reads(task)[1]
+    tried = _tried(model, method, task, settings, count=count)
+    brief, longer = _trial(method, settings)
+    start = time.perf_counter()
+    method.function(model, tried, brief)
+    share = len(items) / len(method.reads(tried)[1]) if method.requires else 1.0
+    seconds = (time.perf_counter() - start) * longer * share
+    return Cost(seconds=seconds, bytes=memory(model, items, method, settings))
+
+
+def _trial(method: Localizer, settings: Any) -> tuple[Any, float]:
+    return method.trial(settings) if method.trial else (settings, 1.0)
+
+
+def _tried(model: Model, method: Localizer, task: Task, settings: Any, *, count: int) -> Task:
+    """The task with `count` items only, from short to long; facts that borrow subjects bring those they borrow from."""
+    role, data = method.reads(task)
+    items = sorted(data, key=_length)
+    count = min(len(items), count)
+    ids = {items[(2 * i + 1) * len(items) // (2 * count)].id for i in range(count)}
+    if isinstance(settings, PairOptions):
+        ids |= {pair.partner for pair in pairs_of(model, task, settings) if pair.id in ids and pair.partner}
+    return dataclasses.replace(task, **{role: data.replace([item for item in data if item.id in ids])})
+
+
+def _length(item: Item) -> int:
+    text = getattr(item, "text", None) or getattr(item, "prompt", "")
+    return len(text) or len(getattr(item, "ids", ()))
 
 
 def _task(data: Task | Dataset | Sequence[Item]) -> Task:
