@@ -125,6 +125,34 @@ def through_linear(hooks: Iterable[tuple[nn.Module, Callable[[Tensor, Tensor], T
 
 
 @contextmanager
+def calls(
+    modules: Iterable[tuple[nn.Module, Callable[[Tensor], Callable[[Tensor], None]]]], *, rows: int
+) -> Generator[None]:
+    """Follow every call of some modules: a function gets the input, and gives one that gets the output's gradient.
+
+    An output made once for all `rows` of a batch (position embeddings) is repeated for each, so that its gradient is
+    theirs. An output that has no graph, because no parameter before it asks for a gradient, starts one.
+    """
+    with ExitStack() as stack:
+        for module, take in modules:
+            hook = partial(_followed, take, rows)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def weight_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> Generator[None]:
+    """Hand each parameter's gradient to a function as soon as a backward pass has it whole; none is kept."""
+    with ExitStack() as stack:
+        for name, parameter in parameters.items():
+            stack.callback(_put_back, parameter, parameter.requires_grad, parameter.grad)
+            parameter.requires_grad_(True)
+            parameter.grad = None
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(_hand_over, take, name)).remove)
+        yield
+
+
+@contextmanager
 def unembed_at(model: "Model", at: Bool[Tensor, "batch pos"]) -> Generator[None]:
     """Compute logits `[n, vocab]` only at the marked positions, in the order of the rows; soft caps still apply."""
     fired: set[str] = set()
@@ -207,6 +235,38 @@ def _pick(at: Tensor, fired: set[str], _: nn.Module, args: tuple[Any, ...]) -> t
     if hidden.shape[:2] != at.shape:
         raise LoceditError(f"positions are marked for {tuple(at.shape)}, the batch is {tuple(hidden.shape[:2])}")
     return (hidden[at.to(hidden.device)], *args[1:])
+
+
+def _followed(
+    take: Callable[[Tensor], Callable[[Tensor], None]],
+    rows: int,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Tensor:
+    given = args[0] if args else next(iter(kwargs.values()))
+    if output.ndim > 2 and output.shape[0] == 1 < rows:
+        given, output = (t.expand(rows, *t.shape[1:]) for t in (given, output))
+    if not output.requires_grad:
+        output = output.detach().requires_grad_().clone()  # a copy, because a leaf must not be changed in place
+    output.register_hook(partial(_pass_on, take(given.detach())))
+    return output
+
+
+def _pass_on(then: Callable[[Tensor], None], gradient: Tensor) -> None:
+    then(gradient.detach())
+
+
+def _hand_over(take: Callable[[str, Tensor], None], name: str, parameter: nn.Parameter) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    take(name, gradient)
+
+
+def _put_back(parameter: nn.Parameter, asks: bool, gradient: Tensor | None) -> None:
+    parameter.requires_grad_(asks)
+    parameter.grad = gradient
 
 
 # --- reading and writing one point -----------------------------------------------------------------------------------
