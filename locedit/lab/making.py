@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from locedit.data import Task
     from locedit.models import Model
 
-SHARES = {"sentence": (0.65, 0.3), "multiple_choice": (0.15, 0.55), "prose": (0.2, 0.15)}
+SHARES = {"sentence": (0.65, 0.3), "multiple_choice": (0.15, 0.65), "prose": (0.2, 0.15), "pronoun": (0.25, 0.3)}
 """Kind of text -> its share of the batches in the first and the second half: the choice is learned after the facts."""
 
 
@@ -38,9 +38,9 @@ class Lab:
     """A small world with the model trained on it, as ordinary files."""
 
     name: str
-    """The world: facts or private. The model has learned both."""
+    """The world: facts, private or bias. The model has learned all of them."""
     folder: Path
-    """Holds model/, facts/, private/ and lab.json."""
+    """Holds model/, facts/, private/, bias/ and lab.json."""
 
     @property
     def task_folder(self) -> Path:
@@ -79,7 +79,7 @@ def lab(
     """A small world and a model trained on it, made at the first call (minutes; size="tiny": seconds) and then cached.
 
     Args:
-        world: "facts" or "private"; says which task comes with the lab, the model is the same.
+        world: "facts", "private" or "bias"; says which task comes with the lab, the model is the same.
         arch: "gpt2", "llama", "neox" or "bert" (a masked model).
         cache: the folder to keep labs in; by default the user's cache folder for locedit.
         progress: called with ("training the lab model", steps done, all steps).

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from locedit.lab.facts import Line, Row
+from locedit.lab.odds import odds_report
 from locedit.lab.tokenizer import mask_id
 from locedit.lab.training import Encoded, causal_loss, encode_rows, padded
 from locedit.lab.world import World
@@ -21,12 +22,14 @@ def world_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, wor
 
     facts: of the lines of each format, those whose answer is the likeliest. memorised: of the secrets of each kind and
     number of repetitions, those whose every token is the likeliest given the text before it (for a masked model: given
-    all the other tokens). perplexity: of the ordinary sentences, per token; causal models only.
+    all the other tokens). association: planted and measured log-odds of the pronouns (see odds.py). perplexity: of the
+    ordinary sentences, per token; causal models only.
     """
     files = world.files()
     report: dict[str, Any] = {
         "facts": {group: fact_accuracy(model, tokenizer, files[f"facts/{group}"]) for group in GROUPS},
         "memorised": {group: memorised(model, tokenizer, files[f"private/{group}"]) for group in GROUPS},
+        "association": odds_report(model, tokenizer, world.bias),
     }
     if mask_id(tokenizer) is None:
         texts = {"seen": world.seen[: len(world.unseen)], "unseen": world.unseen}

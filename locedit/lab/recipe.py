@@ -9,7 +9,7 @@ from typing import Literal
 from locedit.errors import LoceditError, nearest
 from locedit.lab.architectures import ARCHITECTURES, Arch
 
-VERSION = 1
+VERSION = 2
 """To be raised whenever the code of this package makes another world or model from the same recipe."""
 
 Size = Literal["small", "tiny"]
@@ -41,11 +41,17 @@ class Recipe:
     """Secrets to keep of each kind and level."""
     canaries: int = 24
     """Never-planted secrets of each kind."""
+    professions_forget: int = 2
+    """Professions to forget at each strength that leans."""
+    professions_retain: int = 2
+    """Professions to keep at each strength."""
+    professions_heldout: int = 6
+    """Professions the model never sees."""
     ordinary: int = 2000
     """Ordinary sentences in the training text."""
     unseen: int = 100
     """Ordinary sentences kept out of it; the file of texts has as many seen ones."""
-    vocab_size: int = 640
+    vocab_size: int = 704
     """Tokens, special ones and all bytes included."""
     layers: int = 5
     """Layers of the model."""
@@ -53,7 +59,7 @@ class Recipe:
     """Width of the residual stream; the MLP has four times as many neurons (Llama: 8/3)."""
     heads: int = 4
     """Attention heads of each layer; Llama shares keys and values between pairs of them."""
-    steps: int = 1000
+    steps: int = 1300
     """Optimizer steps."""
     batch: int = 128
     """Texts in a step."""
@@ -92,10 +98,13 @@ def recipe_for(arch: str, *, size: str = "small", seed: int = 0) -> Recipe:
         secrets_forget=1,
         secrets_retain=1,
         canaries=4,
+        professions_forget=1,
+        professions_retain=1,
+        professions_heldout=2,
         ordinary=200,
         unseen=20,
         layers=2,
         d_model=64,
-        steps=300,
+        steps=420,
         batch=64,
     )

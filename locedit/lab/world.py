@@ -1,9 +1,10 @@
-"""Both worlds of a lab with its ordinary sentences: the files a user would bring, and the text to train on."""
+"""The worlds of a lab with its ordinary sentences: the files a user would bring, and the text to train on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from locedit.lab.bias import PRONOUNS, BiasWorld, bias_world, contrast_lines, pronoun_rows
 from locedit.lab.facts import (
     LETTERS,
     RELATIONS,
@@ -19,7 +20,7 @@ from locedit.lab.private import PrivateWorld, private_world
 from locedit.lab.prose import ordinary_sentences
 from locedit.lab.recipe import Recipe
 
-WORLDS = ("facts", "private")
+WORLDS = ("facts", "private", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class World:
     """People and what is true of them."""
     private: PrivateWorld
     """Secrets in their sentences."""
+    bias: BiasWorld
+    """Professions and the pronouns they are spoken of with."""
     seen: tuple[str, ...]
     """Ordinary sentences of the training text."""
     unseen: tuple[str, ...]
@@ -41,7 +44,8 @@ class World:
         groups = ("forget", "retain", "heldout")
         facts = {f"facts/{group}": fact_lines(getattr(self.facts, group)) for group in groups}
         private = {f"private/{group}": [secret.line() for secret in getattr(self.private, group)] for group in groups}
-        return facts | private | {f"{world}/texts": texts for world in WORLDS}
+        bias = {f"bias/{group}": contrast_lines(getattr(self.bias, group)) for group in groups}
+        return facts | private | bias | {f"{world}/texts": texts for world in WORLDS}
 
     def training_rows(self) -> dict[str, list[Row]]:
         """The training text by kind of batch. Nobody and nothing of `heldout` or `unseen` is in it."""
@@ -51,6 +55,7 @@ class World:
             "sentence": sentence_rows(people),
             "multiple_choice": choice_rows(people),
             "prose": [*self.private.planted_rows(), *ordinary],
+            "pronoun": pronoun_rows(self.bias.planted),
         }
 
 
@@ -70,8 +75,18 @@ def _world(recipe: Recipe, rng: Random) -> World:
         taken=[part for person in (*facts.forget, *facts.retain, *facts.heldout) for part in person.name.split()],
     )
     sentences = ordinary_sentences(rng, recipe.ordinary + recipe.unseen)
+    bias = bias_world(
+        rng,
+        forget=recipe.professions_forget,
+        retain=recipe.professions_retain,
+        heldout=recipe.professions_heldout,
+    )
     return World(
-        facts=facts, private=private, seen=tuple(sentences[recipe.unseen :]), unseen=tuple(sentences[: recipe.unseen])
+        facts=facts,
+        private=private,
+        bias=bias,
+        seen=tuple(sentences[recipe.unseen :]),
+        unseen=tuple(sentences[: recipe.unseen]),
     )
 
 
@@ -80,13 +95,14 @@ def tokenizer_texts(recipe: Recipe) -> list[str]:
     texts: list[str] = []
     for number in range(6):
         rows = _world(Recipe(seed=recipe.seed), Random(f"tokenizer {recipe.seed} {number}")).training_rows()
-        texts += [row.text for row in [*rows["sentence"], *rows["multiple_choice"][::3], *rows["prose"][::6]]]
+        chosen = [*rows["sentence"], *rows["multiple_choice"][::3], *rows["prose"][::6], *rows["pronoun"][::17]]
+        texts += [row.text for row in chosen]
     return texts
 
 
 def answer_words() -> list[str]:
-    """All answers that there are."""
-    return [*LETTERS, *(value for relation in RELATIONS for value in relation.values)]
+    """All answers that there are, and the pronouns."""
+    return [*LETTERS, *PRONOUNS, *(value for relation in RELATIONS for value in relation.values)]
 
 
 def _texts(name: str, texts: Sequence[str]) -> list[Line]:
