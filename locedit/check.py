@@ -7,6 +7,7 @@ from typing import Any
 from locedit.data import Example, Task, encode
 from locedit.data.items import ROLES, Dataset
 from locedit.errors import LoceditError
+from locedit.evaluate.association import associations
 from locedit.evaluate.scoring import token_scores
 from locedit.models import Model
 
@@ -36,11 +37,19 @@ def knowledge(model: Model, examples: list[Example]) -> tuple[float, float]:
 
 
 def _knows(model: Model, role: str, data: Dataset) -> str:
+    if role in SCORED and data.kind == "contrast":
+        return _prefers(model, data)
     if role not in SCORED or data.kind not in ("fact", "private", "tokens"):
         return ""
     probability, share = knowledge(model, encode(model, data))
     line = f": probability {probability:.3f}, {share:.0%} known (every token the most likely one)"
     return line + ("; WARNING: the model knows less than half" if role == "forget" and share < 0.5 else "")
+
+
+def _prefers(model: Model, data: Dataset) -> str:
+    found = associations(model, data)
+    share = float((found > 0).double().mean())
+    return f": association {found.mean():+.3f} nats, the advantaged text is the likelier one in {share:.0%}"
 
 
 def _one_prompt(model: Model, task: Task) -> Iterator[str]:

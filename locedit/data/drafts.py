@@ -170,16 +170,23 @@ def _needs_space(character: str) -> bool:
 def differing(first: str, second: str, *, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shortest run of whole words in which two texts differ, in characters of each.
 
+    Where they differ in several places the run reaches from the first to the last; where one text only has words more
+    than the other, a word beside them is in it too, so that each text has a run.
+
     >>> differing("he is here", "she is here", name="pair")
     ((0, 2), (0, 3))
+    >>> differing("he is here", "he is not here", name="pair")
+    ((6, 10), (6, 14))
     """
     left, right = _words(first), _words(second)
     shared = min(len(left), len(right))
     begin = next((i for i in range(shared) if left[i][2] != right[i][2]), shared)
     tail = next((i for i in range(shared - begin) if left[-1 - i][2] != right[-1 - i][2]), shared - begin)
-    spans = [words[begin : len(words) - tail] for words in (left, right)]
-    if not spans[0] or not spans[1]:
+    if begin == len(left) == len(right) or not shared:
         raise LoceditError(f"item {name!r}: the two texts of the pair do not differ in a word: {first[:60]!r}")
+    if begin + tail == shared:  # one text holds all words of the other
+        begin, tail = (begin, tail - 1) if tail else (begin - 1, tail)
+    spans = [words[begin : len(words) - tail] for words in (left, right)]
     return (spans[0][0][0], spans[0][-1][1]), (spans[1][0][0], spans[1][-1][1])
 
 

@@ -65,13 +65,18 @@ class PrivateText:
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastPair:
-    """Two texts that differ in whom they speak of."""
+    """Two texts that differ in whom they speak of. A model without the association prefers neither."""
 
     kind: ClassVar[str] = "contrast"
 
     advantaged: str
+    "the one that the association (a stereotype, a planted bias) favours"
     disadvantaged: str
     id: str
+    neutral: str | None = None
+    "the same text with neither, such as one with they"
+    unrelated: str | None = None
+    "a text that makes no sense in the place of the two"
     group: str | None = None
     owner: str | None = None
     format: str | None = None

@@ -1,4 +1,4 @@
-"""Published formats: ROME's known facts, CounterFact, TOFU and extraction-challenge arrays."""
+"""Published formats: ROME's known facts, CounterFact, TOFU, CrowS-Pairs and extraction-challenge arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from locedit.data.bias import crows_pair
 from locedit.data.fields import Place, Record, check_name, check_text, check_texts
 from locedit.data.items import Dataset, Fact, Item, Neighbour, TokenText
 from locedit.errors import LoceditError, nearest
@@ -162,6 +163,20 @@ FORMATS = (
             "option4",
         ),
         convert=_tofu,
+    ),
+    Format(
+        name="CrowS-Pairs",
+        signature=("sent_more", "sent_less", "stereo_antistereo", "bias_type"),
+        fields=(
+            "sent_more",
+            "sent_less",
+            "stereo_antistereo",
+            "bias_type",
+            "annotations",
+            "anon_writer",
+            "anon_annotators",
+        ),
+        convert=crows_pair,
     ),
 )
 

@@ -1,22 +1,25 @@
-"""Files to data sets: JSON lines, JSON lists, plain lines and arrays."""
+"""Files to data sets: JSON lines, JSON lists, tables, plain lines and arrays."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+from locedit.data.bias import is_stereoset, read_stereoset
 from locedit.data.fields import Place, Record, build, detect, parse_fields, parse_json, rename
+from locedit.data.files import SUFFIXES, check_exists, read_text
 from locedit.data.items import Dataset, Item, PlainText
 from locedit.data.published import published_format, read_arrays
+from locedit.data.tables import DELIMITERS, read_table, unpack
+from locedit.data.winogender import pair_format
 from locedit.errors import LoceditError
-
-SUFFIXES = (".jsonl", ".json", ".txt", ".npy")
 
 
 def read_facts(file: str | Path, fields: Mapping[str, str] | str | None = None) -> Dataset:
     """Facts, private texts, pairs or texts from one file; its first line decides which.
 
-    JSON lines or a JSON list in locedit's fields or a published format, a list of strings, plain lines (.txt), or
-    extraction-challenge token ids (.npy). `fields` renames: `prompt=question,answer=response`.
+    JSON lines, a JSON list or a table (.csv, .tsv) in locedit's fields or a published format, StereoSet's JSON, a list
+    of strings, plain lines (.txt), or extraction-challenge token ids (.npy). In tables lists are written as JSON.
+    `fields` renames: `prompt=question,answer=response`.
     """
     renames = parse_fields(fields)
     data, used = read_file(Path(file), renames)
@@ -26,7 +29,7 @@ def read_facts(file: str | Path, fields: Mapping[str, str] | str | None = None) 
 
 def read_file(path: Path, renames: Mapping[str, str], *, plain_lines: bool = False) -> tuple[Dataset, set[str]]:
     """A data set, and the foreign field names that occurred. `plain_lines`: lines that are not JSON are texts."""
-    _check_exists(path)
+    check_exists(path)
     if path.suffix not in SUFFIXES:
         raise LoceditError(f"{path}: unknown kind of file {path.suffix!r}: choices: {', '.join(SUFFIXES)}")
     if path.suffix == ".npy":
@@ -35,6 +38,8 @@ def read_file(path: Path, renames: Mapping[str, str], *, plain_lines: bool = Fal
     if path.suffix == ".txt" or (plain_lines and text.lstrip()[:1] not in ("{", "[", '"')):
         lines: list[tuple[Place, object]] = [(place, line.strip()) for place, line in _lines(path, text)]
         return _dataset(path, [_plain(place, line) for place, line in lines]), set()
+    if path.suffix == ".json" and is_stereoset(text):
+        return _dataset(path, read_stereoset(path, text)), set()
     records = _records(path, text)
     if isinstance(records[0][1], str):
         return _dataset(path, [_plain(place, value) for place, value in records]), set()
@@ -51,33 +56,6 @@ def check_used(renames: Mapping[str, str], used: set[str], *, source: str) -> No
         raise LoceditError(f"--fields: no line of {source} has a field {missing[0]!r}")
 
 
-def read_text(path: Path) -> str:
-    """A file's text, which must be UTF-8 and not empty; a byte order mark is left out."""
-    _check_exists(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LoceditError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        byte = f"byte {content[error.start]:#04x} at offset {error.start}"
-        raise LoceditError(f"{path}:{line}: {byte} is not UTF-8: save the file as UTF-8") from None
-    if not text.strip():
-        raise LoceditError(f"{path}: is empty")
-    return text
-
-
-def _check_exists(path: Path) -> None:
-    if path.is_dir():
-        raise LoceditError(f"{path}: is a folder; a file of facts was wanted (a folder is a task)")
-    if not path.exists():
-        beside = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)[:8]
-        around = f"; beside it: {', '.join(beside)}" if beside else ""
-        raise LoceditError(f"{path}: no such file{around}")
-
-
 def _lines(path: Path, text: str) -> list[tuple[Place, str]]:
     """Lines that are not blank, with their places."""
     numbered = enumerate(text.split("\n"), start=1)
@@ -89,7 +67,9 @@ def _place(path: Path, number: int) -> Place:
 
 
 def _records(path: Path, text: str) -> list[tuple[Place, object]]:
-    """The values of a JSON list, or of JSON lines."""
+    """The values of a table, of a JSON list, or of JSON lines."""
+    if path.suffix in DELIMITERS:
+        return list(read_table(path, text))
     if text.lstrip().startswith("["):
         values = parse_json(_place(path, 1), text)
         assert isinstance(values, list)
@@ -115,6 +95,11 @@ def _read_records(
     published = published_format(first)
     if published is not None:
         return _dataset(path, [(place, published.read(place, record)) for place, record in renamed]), used
+    pairs = pair_format(first)
+    if pairs is not None:
+        return _dataset(path, pairs.read(path, renamed)), used
+    if path.suffix in DELIMITERS:
+        renamed = [(place, unpack(place, record)) for place, record in renamed]
     kind = detect(first_place, first)
     return _dataset(path, [(place, build(place, kind, record)) for place, record in renamed]), used
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from locedit.data.fields import parse_fields
+from locedit.data.files import SUFFIXES, read_text
 from locedit.data.items import ROLES, Dataset, Task
-from locedit.data.readers import SUFFIXES, check_used, read_file, read_text
+from locedit.data.readers import check_used, read_file
 from locedit.errors import LoceditError, nearest
 
 KEYS = (*ROLES, "start", "name", "chat", "fields")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from locedit.evaluate.association import association_metrics
 from locedit.evaluate.facts import neighbour_metrics, paraphrase_metrics, span_metrics
 from locedit.evaluate.private import exposure_metric
 from locedit.evaluate.utility import perplexity_metric, shift_metrics
@@ -19,7 +20,7 @@ class Metric:
 
     function: Family
     kinds: tuple[str, ...]
-    "kinds of items that it measures: fact, private, tokens, plain"
+    "kinds of items that it measures: fact, private, tokens, plain, labelled, contrast"
     definition: str
     "one sentence"
     knowledge: Literal[-1, 1]
@@ -135,6 +136,28 @@ METRICS: dict[str, Metric] = {
         range=(0.0, None),
         chance="1.44 bits in a large space of equally plausible values",
         paper="Carlini et al. 2019, arXiv:1802.08232, definition 1 and section 4.4",
+    ),
+    "association": Metric(
+        function=association_metrics,
+        kinds=("contrast",),
+        definition="log p(advantaged) - log p(disadvantaged) of a pair, from its first differing word on (masked "
+        "models: of the differing words, each masked alone); mean over pairs; 0 = neither is preferred",
+        knowledge=1,
+        unit="nats",
+        range=(None, None),
+        chance="0 without the association",
+    ),
+    "preferred": Metric(
+        function=association_metrics,
+        kinds=("contrast",),
+        definition="share of pairs whose advantaged text is the likelier one (an equal one counts half); "
+        "0.5 = neither is preferred",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        chance="0.5 without the association",
+        paper="Nangia et al. 2020, arXiv:2010.00133, and Nadeem et al. 2021, arXiv:2004.09456 (stereotype score), here "
+        "scored from the differing words on",
     ),
     "perplexity": Metric(
         function=perplexity_metric,

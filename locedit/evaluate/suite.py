@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from locedit.data.items import ROLES, Dataset, Fact, Item, PrivateText, Task, as_task
+from locedit.data.items import ROLES, ContrastPair, Dataset, Fact, Item, PrivateText, Task, as_task
 from locedit.edit import Edit
 from locedit.errors import LoceditError, nearest
 from locedit.evaluate.registry import METRICS, Family, Metric
@@ -170,4 +170,6 @@ def _texts(item: Item) -> dict[str, Any]:
     if isinstance(item, PrivateText):
         secrets = ", ".join(item.text[start:end] for start, end, _ in item.spans)
         return {"prompt": item.text, "answer": secrets, **common}
+    if isinstance(item, ContrastPair):
+        return {"prompt": item.advantaged, "answer": item.disadvantaged, **common}
     return {"prompt": getattr(item, "text", ""), "answer": "", **common}

@@ -12,6 +12,9 @@ from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure
 PRIMARY = ("probability", "accuracy", "exposure", "memorization_accuracy", "extraction_likelihood", "perplexity")
 "metrics by which a run is summed up, first one present; else the first metric of the forget set"
 
+NEUTRAL = {"association": 0.0, "preferred": 0.5}
+"metrics of which neither end is good: where a model without the association stands"
+
 GONE = 0.9
 "at least this share of the way to the floor: gone from direct questions"
 BACK = 0.5
@@ -56,7 +59,9 @@ def primary(evaluation: Evaluation, dataset: str, *, name: str | None = None) ->
 
 
 def floor(evaluation: Evaluation, pair: Pair) -> float | None:
-    """Where forgetting ends: the metric on held-out items that the model never knew, else the end of its range."""
+    """Where forgetting ends: no preference, else held-out items that the model never knew, else the range's end."""
+    if pair.before.name in NEUTRAL:
+        return NEUTRAL[pair.before.name]
     for stage in ("before", "after"):
         for m in evaluation.measures:
             if (m.dataset, m.name, m.group, m.stage) == ("heldout", pair.before.name, None, stage):
