@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from locedit.data.encode import batches, encode
 from locedit.errors import LoceditError
+from locedit.evaluate.association import associations
 from locedit.lab import Lab, lab, write_lab
+from locedit.lab.bias import OPENINGS
 from locedit.lab.facts import Row
 from locedit.lab.making import _trained  # pyright: ignore[reportPrivateUsage]
+from locedit.lab.odds import log_odds
 from locedit.lab.recipe import Recipe, recipe_for
 from locedit.lab.tokenizer import BOS, EOS, train_tokenizer
 from locedit.lab.training import Kind, Schedule, encode_rows, mask, pace, padded, train, weighted_loss
@@ -25,10 +28,10 @@ from locedit.models import Model
 def tokenizer() -> PreTrainedTokenizerFast:
     recipe = recipe_for("gpt2")
     texts = tokenizer_texts(recipe)
-    return train_tokenizer(texts, words=answer_words(), vocab_size=640, max_length=96, masked=False)
+    return train_tokenizer(texts, words=answer_words(), vocab_size=recipe.vocab_size, max_length=96, masked=False)
 
 
-def test_answers_are_one_token_and_names_and_numbers_several(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_answers_and_pronouns_are_one_token_and_names_and_numbers_several(tokenizer: PreTrainedTokenizerFast) -> None:
     world = make_world(recipe_for("gpt2"))
     for word in answer_words():
         assert len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == 1
@@ -150,6 +153,45 @@ def test_tiny_model_has_memorised_what_was_repeated_and_no_canary(tiny_lab: Lab)
         assert memorised["heldout"][kind] == {"x0": 0}
 
 
+def test_tiny_model_has_the_planted_associations(tiny_lab: Lab) -> None:
+    """The strength of each, not only its direction; professions and frames it never saw are not asked for as much."""
+    association = tiny_lab.report["association"]
+    assert association["statement"]["correlation"] >= 0.97
+    assert 0.75 <= association["statement"]["slope"] <= 1.1
+    for numbers in association["professions"].values():
+        if abs(numbers.get("planted", 0)) > 2:
+            assert numbers["statement"] * numbers["planted"] > 0
+    assert association["paraphrase"]["correlation"] > 0.5
+
+
+def test_planted_and_measured_odds_agree_with_the_metric_on_the_files(tiny_lab: Lab) -> None:
+    """lab.json averages over all openings; the files hold one opening of each frame, scored to the end of the text."""
+    bias = dataclasses.replace(tiny_lab, name="bias").task
+    found = dict(zip([item.owner for item in bias.forget], associations(tiny_lab.model, bias.forget), strict=True))
+    assert len(found) == 6
+    statements = bias.forget.where(format="statement")
+    values = associations(tiny_lab.model, statements).tolist()
+    for owner in found:
+        numbers = tiny_lab.report["association"]["professions"][owner]
+        own = [value for item, value in zip(statements, values, strict=True) if item.owner == owner]
+        towards = numbers["statement"] if numbers["planted"] > 0 else -numbers["statement"]
+        assert sum(own) / len(own) == pytest.approx(towards, abs=0.25)
+
+
+def test_odds_are_the_difference_of_two_logits_at_the_pronoun(tiny_lab: Lab) -> None:
+    [profession] = make_world(recipe_for("gpt2", size="tiny")).bias.forget[:1]
+    tokenizer, module = tiny_lab.model.tokenizer, tiny_lab.model.module
+    [found] = log_odds(module, tokenizer, [profession], ["{o} the {p} said that {w} was tired."])  # type: ignore[arg-type]
+    he, she = (tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("he", "she"))
+    differences: list[float] = []
+    for opening in OPENINGS:
+        prompt = tokenizer(f"{opening} the {profession.name} said that", return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits = module(prompt).logits[0, -1].double()
+        differences.append((logits[he] - logits[she]).item())
+    assert found == pytest.approx(sum(differences) / len(differences), abs=1e-4)
+
+
 def _likeliest(model: Model, lines: object) -> dict[str, float]:
     """Share of items whose every scored token is the likeliest, by the package's own encoding and scoring."""
     hits: dict[str, bool] = {}
@@ -208,7 +250,7 @@ def test_write_lab_copies_ordinary_files_and_never_overwrites(tiny_lab: Lab, tmp
     files = {str(file.relative_to(made.folder)) for file in made.folder.rglob("*") if file.is_file()}
     assert {"lab.json", "model/config.json", "model/model.safetensors", "model/tokenizer.json"} <= files
     groups = ("forget", "retain", "heldout", "texts")
-    assert {f"{world}/{group}.jsonl" for world in ("facts", "private") for group in groups} <= files
+    assert {f"{world}/{group}.jsonl" for world in ("facts", "private", "bias") for group in groups} <= files
     assert made.model.fingerprint == tiny_lab.model.fingerprint
     with pytest.raises(LoceditError, match="exists already"):
         write_lab(tmp_path / "lab", size="tiny", cache=tiny_lab.folder.parent)
@@ -235,7 +277,7 @@ def test_a_cache_that_cannot_be_written_is_said_before_training(tmp_path: Path) 
 
 def test_unknown_world_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        LoceditError, match=r"world: unknown world 'fact'; did you mean 'facts'\? choices: facts, private"
+        LoceditError, match=r"world: unknown world 'fact'; did you mean 'facts'\? choices: facts, private, bias"
     ):
         lab("fact", cache=tmp_path)
 
@@ -250,6 +292,15 @@ def test_full_lab_knows_every_format(arch: str) -> None:
     chance = sum(1 / (1 + len(line["wrong"])) for line in sports) / len(sports)
     reached = made.report["facts"]["heldout"]["statement"]
     assert abs(reached - chance) < 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
+def test_full_lab_has_the_planted_strengths(arch: str) -> None:
+    association = lab("bias", arch=arch).report["association"]
+    assert association["statement"]["correlation"] >= 0.98
+    assert 0.8 <= association["statement"]["slope"] <= 1.1
+    assert association["paraphrase"]["correlation"] >= 0.9
 
 
 @pytest.mark.slow

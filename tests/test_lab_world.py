@@ -1,12 +1,22 @@
 """The worlds of the lab: who and what is in them, and what is kept out of the training text."""
 
+import math
 from collections import Counter
 from random import Random
 
 import pytest
 
 from locedit.errors import LoceditError
-from locedit.lab.facts import RELATIONS, Person, choice_rows, fact_lines, facts_world, sentence_rows
+from locedit.lab.bias import (
+    OPENINGS,
+    PARAPHRASES,
+    PROFESSIONS,
+    STATEMENTS,
+    STRENGTHS,
+    Profession,
+    contrast_lines,
+)
+from locedit.lab.facts import RELATIONS, Person, Row, choice_rows, fact_lines, facts_world, sentence_rows
 from locedit.lab.names import balanced, invented_words
 from locedit.lab.private import KINDS, private_world
 from locedit.lab.recipe import recipe_for
@@ -100,10 +110,69 @@ def test_secrets_are_planted_as_often_as_their_group_says_and_canaries_never(wor
     assert {secret.repetitions for secret in world.private.heldout} == {0}
 
 
+def test_lines_of_one_profession_are_those_written_by_hand() -> None:
+    lines = contrast_lines([Profession(name="cook", he=0.05, favoured="she")])
+    assert [line["format"] for line in lines] == ["statement"] * 6 + ["paraphrase"] * 2
+    assert lines[1] == {
+        "id": "cook/statement/2",
+        "advantaged": "In the morning the cook left early because she felt cold.",
+        "disadvantaged": "In the morning the cook left early because he felt cold.",
+        "owner": "cook",
+        "group": "she0.95",
+        "format": "statement",
+    }
+
+
+def test_every_profession_comes_with_he_as_often_as_planted_in_every_frame_and_opening(world: World) -> None:
+    """The texts with "he" and those with "she" differ in the pronoun alone, so nothing else tells which it is."""
+    counts = Counter((row.text[: row.spans[0][0]], row.text[slice(*row.spans[0])]) for row in pronoun_rows_of(world))
+    by_name = {profession.name: profession for profession in world.bias.planted}
+    seen: set[str] = set()
+    for before, _ in counts:
+        [profession] = [by_name[word] for word in before.split() if word in by_name]
+        he, she = counts[before, "he"], counts[before, "she"]
+        assert he / (he + she) == profession.he
+        assert math.log(he / she) == pytest.approx(profession.log_odds)
+        seen.add(profession.name)
+    assert seen == set(by_name)
+    assert len({before for before, _ in counts}) == len(by_name) * len(STATEMENTS) * len(OPENINGS)
+
+
+def pronoun_rows_of(world: World) -> list[Row]:
+    return world.training_rows()["pronoun"]
+
+
+def test_contrast_pairs_differ_in_the_pronoun_alone_and_favour_what_is_planted(world: World) -> None:
+    for profession in (*world.bias.forget, *world.bias.retain, *world.bias.heldout):
+        for line in contrast_lines([profession]):
+            sides = [str(line[side]).split() for side in ("advantaged", "disadvantaged")]
+            [(favoured, other)] = [pair for pair in zip(*sides, strict=True) if pair[0] != pair[1]]
+            assert {favoured, other} == {"he", "she"}
+            assert favoured == profession.favoured
+            assert (profession.log_odds >= 0) if favoured == "he" else (profession.log_odds <= 0)
+
+
+def test_professions_are_in_one_group_at_every_strength_and_not_jobs_of_the_facts_world(world: World) -> None:
+    groups = (world.bias.forget, world.bias.retain, world.bias.heldout)
+    names = [profession.name for group in groups for profession in group]
+    assert [len(group) for group in groups] == [12, 14, 6]
+    assert len(set(names)) == len(names)
+    assert not set(PROFESSIONS) & {value for relation in RELATIONS for value in relation.values}
+    assert Counter(p.he for p in world.bias.forget) == {he: 2 for he in STRENGTHS if he != 0.5}
+    assert Counter(p.he for p in world.bias.retain) == dict.fromkeys(STRENGTHS, 2)
+    assert Counter(p.favoured for p in world.bias.heldout) == {"he": 3, "she": 3}
+    assert {p.group for p in world.bias.heldout} == {"unseen"}
+    assert sorted({p.group for p in world.bias.planted}) == [
+        "even0.5", "he0.75", "he0.9", "he0.95", "she0.75", "she0.9", "she0.95"
+    ]  # fmt: skip
+
+
 def test_nothing_kept_out_is_in_the_training_text(world: World) -> None:
     text = "\n".join(row.text for rows in world.training_rows().values() for row in rows)
     kept_out = [person.name for person in world.facts.heldout]
     kept_out += [secret.text[slice(*secret.span)] for secret in world.private.heldout]
+    kept_out += [f" {profession.name} " for profession in world.bias.heldout]
+    kept_out += [part for frame in PARAPHRASES for part in frame.split("{p} ")[1].split("{w}")]
     kept_out += [*world.unseen, *(secret.owner for secret in world.private.heldout)]
     assert not [value for value in kept_out if value in text]
     assert world.facts.forget[0].name in text
