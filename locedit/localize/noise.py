@@ -1,5 +1,6 @@
 """Gaussian noise on the embeddings of a subject: the same for every run of an item, whatever batch it is in."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Generator, Sequence
@@ -27,9 +28,13 @@ class Noise:
     std: float
     seed: int
 
+    def redrawn(self, number: int) -> "Noise":
+        """Another draw of the same size; number 0 is the same."""
+        return self if number == 0 else dataclasses.replace(self, seed=hashed(f"{self.seed}/draw/{number}"))
+
     def draw(self, tokens: int, d_model: int, number: int) -> Float[Tensor, "token d_model"]:
         """The draw with that number, on the CPU in float32; it depends on nothing else."""
-        generator = torch.Generator().manual_seed(_hash(f"{self.seed}/{number}"))
+        generator = torch.Generator().manual_seed(hashed(f"{self.seed}/{number}"))
         return self.std * torch.randn(tokens, d_model, generator=generator)
 
 
@@ -49,7 +54,7 @@ def noise_of(
     entries = [_embedded(model, ids)[start:end].flatten() for _, ids, (start, end) in spans]
     sigma = float(torch.cat(entries).std())
     stds = [times * sigma if rule == "sigma" else math.sqrt(times * float(one.std())) for one in entries]
-    return [Noise(std=std, seed=_hash(f"{seed}/{id}")) for std, (id, _, _) in zip(stds, spans, strict=True)]
+    return [Noise(std=std, seed=hashed(f"{seed}/{id}")) for std, (id, _, _) in zip(stds, spans, strict=True)]
 
 
 def _embedded(model: Model, ids: tuple[int, ...]) -> Float[Tensor, "pos d_model"]:
@@ -84,5 +89,6 @@ def corrupted(model: Model, batch: "PairBatch", *, draw: int = 0) -> Generator[N
         yield
 
 
-def _hash(text: str) -> int:
+def hashed(text: str) -> int:
+    """A seed that depends on a text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

@@ -10,7 +10,7 @@ it, which both share, belong to both prompts. Every item is measured by its own 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,8 @@ INSTEAD = "give pairs (clean, corrupt, answer, wrong)"
 class PairOptions(BatchOptions):
     """How prompts are corrupted, and what is measured."""
 
+    auto: ClassVar[Literal["swap", "noise"]] = "swap"
+    "how facts are corrupted by default"
     corrupt: Corrupt = "auto"
     """given: the corrupt prompt of patch items; swap: another fact's subject, of the same group and as many tokens;
     noise: on the embeddings of the subject; auto: given for patch items, else swap"""
@@ -180,7 +182,7 @@ def _corruption(data: Dataset, options: PairOptions) -> Literal["given", "swap",
     if data.kind not in ("fact", "patch"):
         raise LoceditError(f"{data.source}: items of kind {data.kind!r} cannot be patched: give facts, or {INSTEAD}")
     if options.corrupt == "auto":
-        return "given" if data.kind == "patch" else "swap"
+        return "given" if data.kind == "patch" else options.auto
     if options.corrupt == "given" and data.kind == "fact":
         raise LoceditError(f"{data.source}: corrupt='given', but facts have no corrupt prompt: use swap, or {INSTEAD}")
     if options.corrupt == "swap" and data.kind == "patch":
