@@ -39,10 +39,9 @@ from locedit import tracing
 from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
 from locedit.edges import EdgeScores
-from locedit.errors import LoceditError, nearest
+from locedit.errors import LoceditError
 from locedit.localize.blocks import attention_of, weights_without_gradient
 from locedit.localize.graph import (
-    GRAPH_UNITS,
     Graph,
     Part,
     Unit,
@@ -68,12 +67,7 @@ class EapOptions(PairOptions):
     """Which nodes the graph has."""
 
     unit: Unit = "head+mlp"
-    "nodes of the graph beside input and logits: head+mlp, head or mlp"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.unit not in GRAPH_UNITS:
-            raise LoceditError(f"unit={self.unit!r}; {nearest(self.unit, GRAPH_UNITS)}")
+    "nodes of the graph beside input and logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +83,6 @@ class EapIgOptions(EapOptions):
         super().__post_init__()
         if self.steps < 1:
             raise LoceditError(f"steps={self.steps!r} must be at least 1")
-        if self.endpoints not in _FIRST:
-            raise LoceditError(f"endpoints={self.endpoints!r}; {nearest(self.endpoints, _FIRST)}")
 
     @property
     def shares(self) -> tuple[float, ...]:
