@@ -17,7 +17,7 @@ from locedit.components import ComponentSet, Scores
 from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset, Fact, Task, as_task
 from locedit.edit.edit import Edit
-from locedit.edit.levels import levels
+from locedit.edit.levels import level_name, levels
 from locedit.edit.train import train
 from locedit.errors import LoceditError
 from locedit.models import Model
@@ -61,6 +61,7 @@ def compare(
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
+    task = METHODS[name].reads(task)
     if not METHODS[name].trained and METHODS[name].dose is None:
         compared = ", ".join(n for n, method in METHODS.items() if method.trained or method.dose)
         raise LoceditError(f"{name} has no dose that controls could follow; methods that can be compared: {compared}")
@@ -81,7 +82,7 @@ def compare(
                 within, seeds=seeds, level=level, everything=everything, complement=shown, scores=scores
             )
             edits = ablated.edits
-    metric = "token probability" if getattr(chosen, "level", "probability") != "probability" else "answer probability"
+    metric = level_name(task.forget.kind, getattr(chosen, "level", "probability"))
     return Comparison(metric=metric, level=reached, curves=tuple(curves), provenance=measured.provenance, edits=edits)
 
 

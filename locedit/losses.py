@@ -47,14 +47,14 @@ def score(model: ScoringModel, batch: Batch) -> Scored:
     )
 
 
-def _precise(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+def precise(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
     """At least float32: a softmax in half precision is wrong by percents."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def token_log_probs(scored: Scored) -> Float[Tensor, " n"]:
     """Natural log-probability of each scored token."""
-    logits = _precise(scored.logits)
+    logits = precise(scored.logits)
     return logits.gather(1, scored.labels[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
@@ -87,8 +87,8 @@ def kl(logits: Float[Tensor, "n vocab"], reference: Float[Tensor, "n vocab"]) ->
 
     Zero where both agree; swap the arguments for the other direction.
     """
-    log_p = _precise(logits).log_softmax(1)
-    log_q = _precise(reference).log_softmax(1)
+    log_p = precise(logits).log_softmax(1)
+    log_q = precise(reference).log_softmax(1)
     return torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
@@ -96,7 +96,7 @@ def logit_difference(
     logits: Float[Tensor, "n vocab"], answer: Int[Tensor, " n"], wrong: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """Logit of the answer minus logit of the wrong token; positive = the answer is preferred."""
-    chosen = _precise(logits).gather(1, torch.stack([answer, wrong], dim=1))
+    chosen = precise(logits).gather(1, torch.stack([answer, wrong], dim=1))
     return chosen[:, 0] - chosen[:, 1]
 
 

@@ -1,4 +1,7 @@
-"""How much a model still says of a data set: the one number that doses are matched by."""
+"""How much a model still says of a data set: the one number that doses are matched by.
+
+Of facts and texts it is the probability of the answer, of contrast pairs the preference for the advantaged side.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from locedit import losses
+from locedit.contrasts import are_pairs, preferences
 from locedit.data.encode import Example
 from locedit.losses import ScoringModel
 
@@ -31,8 +35,29 @@ def answer_probabilities(
 def levels(
     model: ScoringModel, probes: Mapping[str, Sequence[Example]], *, level: Level = "probability", batch_size: int = 32
 ) -> dict[str, float]:
-    """Mean answer probability of every named list of examples."""
+    """Mean answer probability of every named list of examples; of contrast pairs the mean preference.
+
+    The preference is P(advantaged) / (P(advantaged) + P(disadvantaged)) of the stretch in which the sides differ: 0.5
+    where the model makes no difference.
+    """
     return {
-        name: float(answer_probabilities(model, examples, level=level, batch_size=batch_size).double().mean())
+        name: float(_of(model, examples, level=level, batch_size=batch_size).double().mean())
         for name, examples in probes.items()
     }
+
+
+def _of(model: ScoringModel, examples: Sequence[Example], *, level: Level, batch_size: int) -> Tensor:
+    if are_pairs(examples):
+        return preferences(model, examples, size=batch_size)
+    return answer_probabilities(model, examples, level=level, batch_size=batch_size)
+
+
+def level_name(kind: str, level: Level) -> str:
+    """What the level of items of a kind is called.
+
+    >>> level_name("fact", "token_probability"), level_name("contrast", "probability")
+    ('token probability', 'preference for the advantaged side')
+    """
+    if kind == "contrast":
+        return "preference for the advantaged side"
+    return "answer probability" if level == "probability" else "token probability"

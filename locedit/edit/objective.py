@@ -65,6 +65,8 @@ class Objective:
     "the loss's own options, for the record"
     hash: str = ""
     "of the data"
+    together: int = 1
+    "how many neighbouring forget examples stay in one batch, where they count as one: 2 for the sides of pairs"
 
 
 class ReferenceCache:
@@ -98,11 +100,16 @@ class ReferenceCache:
 
 
 class Shuffled:
-    """Endless batches of examples, every example once before any comes again, in an order drawn from the generator."""
+    """Endless batches of examples, every example once before any comes again, in an order drawn from the generator.
 
-    def __init__(self, examples: Sequence[Example], size: int, generator: torch.Generator) -> None:
-        self.examples = examples
-        self.size = min(size, len(examples))
+    With `together` above 1 that many neighbours are drawn as one.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], size: int, generator: torch.Generator, *, together: int = 1
+    ) -> None:
+        self.groups = [examples[at : at + together] for at in range(0, len(examples), together)]
+        self.size = min(size, len(self.groups))
         self.generator = generator
         self.waiting: list[int] = []
 
@@ -111,11 +118,11 @@ class Shuffled:
 
     def __next__(self) -> list[Example]:
         if len(self.waiting) < self.size:
-            order = torch.randperm(len(self.examples), generator=self.generator).tolist()
+            order = torch.randperm(len(self.groups), generator=self.generator).tolist()
             late = set(self.waiting)
             self.waiting += [i for i in order if i not in late] + [i for i in order if i in late]
         taken, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
-        return [self.examples[i] for i in taken]
+        return [example for i in taken for example in self.groups[i]]
 
     def batch(self, model: Model) -> Batch:
         """The next examples as a batch on the model's device."""

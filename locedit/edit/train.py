@@ -48,7 +48,7 @@ class TrainOptions:
     "optimizer steps at most"
     learning_rate: float = 1e-3
     batch_size: int = 8
-    "examples of forget, and of retain, in one forward"
+    "examples of forget, and of retain, in one forward; pairs count as one where a method reads both sides"
     accumulate: int = 1
     "batches averaged in one optimizer step"
     optimizer: Literal["adamw", "rmsprop", "sgd"] = "adamw"
@@ -63,7 +63,8 @@ class TrainOptions:
     warmup: int = 0
     "steps over which the learning rate rises linearly"
     until: float | None = None
-    "stop once the mean answer probability on the forget data is at or below this"
+    """stop once the mean answer probability on the forget data is at or below this; of contrast pairs, the mean
+    preference for the advantaged side"""
     eval_every: int = 10
     "steps between two measurements of the levels; 0 = only before and after"
     level: Level = "probability"
@@ -148,7 +149,8 @@ class Run:
         make = OPTIMIZERS[options.optimizer]
         decay = {"weight_decay": 0.0}  # decay is the trainer's own, so that it means the same with every optimizer
         self.optimizer = make(self.held.parameters, lr=options.learning_rate, **decay)
-        self.forget = Shuffled(objective.forget, options.batch_size, self.generator)
+        together = objective.together
+        self.forget = Shuffled(objective.forget, options.batch_size, self.generator, together=together)
         self.retain = Shuffled(objective.retain, options.batch_size, self.generator) if objective.retain else None
         self.cache = ReferenceCache(model.causal)
         self.rows: list[dict[str, float | None]] = []

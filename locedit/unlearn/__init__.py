@@ -16,7 +16,7 @@ from locedit.edit.objective import Objective
 from locedit.edit.train import TrainOptions, train
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model
-from locedit.unlearn import grad_diff, gradient_ascent, injection, npo
+from locedit.unlearn import grad_diff, gradient_ascent, injection, npo, pcgu
 from locedit.unlearn.registry import Method, RetainOptions, nll, objective_of, retain_terms
 
 
@@ -82,6 +82,15 @@ METHODS: dict[str, Method] = {
         requires=("forget", "retain"),
         paper="Zhang et al. 2024, arXiv:2404.05868",
     ),
+    "pcgu": Method(
+        function=pcgu.loss,
+        options=pcgu.PcguOptions,
+        requires=("forget", "retain"),
+        paper="Yu et al. 2023, doi:10.18653/v1/2023.findings-acl.375; causal: Dige et al. 2024, arXiv:2406.13551",
+        kinds=("contrast",),
+        pairs=True,
+        finish=pcgu.finish,
+    ),
 }
 
 
@@ -102,10 +111,12 @@ def unlearn(
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
     method = METHODS[name]
+    task = method.reads(task)
     if not method.trained:
         edit = method.function(model, task, within=within, hold=hold, options=chosen)
         return edit if edit.history else _with_levels(model, task, edit)
-    return train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
+    edit = train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
+    return edit if method.finish is None else method.finish(model, edit, chosen)
 
 
 def _with_levels(model: Model, task: Task, edit: Edit) -> Edit:
@@ -134,6 +145,7 @@ def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: 
         raise LoceditError(f"{name}: the component set is empty: there is nothing to change")
     if within is not None and not method.restrictable:
         raise LoceditError(f"{name} cannot be restricted to a component set; leave out --within")
+    task = method.reads(task)
     method.check(name, task, chosen)
     if method.learns is not None:
         method.learns(task)
@@ -151,6 +163,7 @@ def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective
         name=name,
         learns=None if method.learns is None else method.learns(task),
         retain=used,
+        pairs=method.pairs,
     )
 
 

@@ -1,14 +1,17 @@
 """What an unlearning method is, and what the trained ones share."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from locedit import losses
-from locedit.data.encode import encode
-from locedit.data.items import Dataset, Task
+from locedit.contrasts import are_pairs
+from locedit.data.encode import Example, encode
+from locedit.data.items import KINDS, Dataset, Task
+from locedit.edit.edit import Edit
 from locedit.edit.objective import Loss, Objective, Step
 from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError
@@ -48,6 +51,18 @@ class Method:
     "how the edit can be held"
     learns: Callable[[Task], Dataset] | None = None
     "data that the loss sees as step.forget, when it is not the forget data as they are"
+    kinds: tuple[str, ...] = ()
+    "kinds of forget items that it can read; empty = any. Where they do not fit, the task's pairs stand for them"
+    pairs: bool = False
+    "whether the loss sees both sides of contrast pairs, two by two; else what is to be forgotten, the advantaged side"
+    finish: Callable[[Model, Edit, Any], Edit] | None = None
+    "(model, trained edit, options) -> the edit as it is returned"
+
+    def reads(self, task: Task) -> Task:
+        """The task with the data that the method reads as its forget data."""
+        if not self.kinds or task.forget.kind in self.kinds or task.pairs is None or task.pairs.kind not in self.kinds:
+            return task
+        return dataclasses.replace(task, forget=task.pairs)
 
     def check(self, name: str, task: Task, options: Any) -> None:
         """Raise LoceditError when the task lacks what the method requires; needs no model."""
@@ -60,6 +75,11 @@ class Method:
                     "folder, or train without: --retain-weight 0"
                 )
             task.require(role, by=name)
+        if self.kinds and task.forget.kind not in self.kinds:
+            wanted = " or ".join(KINDS[kind].__name__ for kind in self.kinds)
+            raise LoceditError(
+                f"{name} needs forget items of kind {wanted}; {task.forget.source} holds {task.forget.kind!r}"
+            )
 
 
 def objective_of(
@@ -70,24 +90,34 @@ def objective_of(
     name: str,
     learns: Dataset | None = None,
     retain: bool = False,
+    pairs: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Objective:
     """The trainer's objective for a loss, for losses and for the trained steps of a recipe.
 
     The loss sees `learns` (by default the forget data) as `step.forget`, and with `retain` the retain data as
-    `step.retain`. The levels of forget and, where there is one, retain are followed in any case.
+    `step.retain`. The levels of forget and, where there is one, retain are followed in any case. Of contrast pairs it
+    sees the advantaged sides, with `pairs` both sides of each pair.
     """
     forget = encode(model, task.forget)
     kept = encode(model, task.retain) if task.retain is not None else None
+    learned = forget if learns is None else encode(model, learns)
+    both = pairs and are_pairs(learned)
     return Objective(
         loss=loss,
-        forget=forget if learns is None else encode(model, learns),
+        forget=learned if both else _forgotten(learned),
+        together=2 if both else 1,
         retain=kept if retain else None,
         probes={"forget": forget} | ({"retain": kept} if kept else {}),
         name=name,
         settings=settings or {},
         hash=task.hash,
     )
+
+
+def _forgotten(examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples without the disadvantaged sides of pairs."""
+    return [example for example in examples if example.kind != "disadvantaged"]
 
 
 def nll(step: Step) -> dict[str, Tensor]:
