@@ -143,12 +143,13 @@ def _products(
             product = _by_component(point, changes[point] * gradient) / options.steps
             found[point] = product if step == 0 else found[point] + product
     assert metric is not None
-    return metric.float(), found
+    return metric, found
 
 
 def _by_component(point: str, product: Tensor) -> Float[Tensor, "batch pos _"]:
     """Neurons one by one, heads summed over their dimensions, whole vectors as one."""
-    product = product.float()
+    if product.dtype != torch.float64:
+        product = product.float()
     if point.endswith("hook_post"):
         return product
     return product.sum(-1) if point.endswith("hook_z") else product.sum(-1, keepdim=True)

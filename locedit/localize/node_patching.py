@@ -61,7 +61,7 @@ def effects(
     Patches of neighbouring layers go into one pass of about `rows` rows; their order does not matter.
     """
     order = sorted(range(len(patches)), key=lambda number: patches[number].layer)
-    found = torch.zeros(len(batch), len(patches))
+    found = torch.zeros(len(batch), len(patches), dtype=torch.float64)
     for chunk in _chunks(order, max(1, rows // len(batch) - 1)):
         part = _pass(model, batch, base, [patches[i] for i in chunk], values, where[:, chunk], kind=kind)
         found[:, chunk] = part
@@ -99,7 +99,7 @@ def _pass(
         logits = model.logits(getattr(batch, base), at=batch.at.repeat_interleave(copies, 0))
     answer, wrong = (ids.repeat_interleave(copies) for ids in (batch.answer, batch.wrong))
     found = measured(logits, answer, wrong, kind=kind).unflatten(0, (len(batch), copies))
-    return (found[:, :-1] - found[:, -1:]).float().cpu()
+    return (found[:, :-1] - found[:, -1:]).cpu().double()
 
 
 def _many_rows(enter: int, rows: int, copies: int, layer: int, arguments: dict[str, Any]) -> dict[str, Any] | None:
