@@ -64,7 +64,7 @@ def test_noise_drawn_anew_for_each_run_adds_a_constant_to_every_component(llama:
         effects(llama, batch, "corrupt", patches, clean.values, where, kind="probability", rows=64)[0]
         for batch in batches
     )
-    published = other + corrupt[1] - corrupt[0]
+    published = other + (corrupt[1] - corrupt[0])
     last = torch.tensor([patch.layer == llama.n_layers - 1 for patch in patches])
     assert (matched[last] == 0).all()
     assert (matched[~last] != 0).all()
