@@ -12,10 +12,26 @@ from locedit._callable import make_callable
 from locedit.components import UNITS
 from locedit.data.items import KINDS, Dataset, Item, Task
 from locedit.errors import LoceditError, nearest
-from locedit.localize import baselines, depn, eap, fisher, gradient_activation, knowledge_neurons, pcgu
+from locedit.localize import (
+    activation_patching,
+    attribution_patching,
+    baselines,
+    causal_tracing,
+    depn,
+    eap,
+    fact_lookup,
+    fisher,
+    gradient_activation,
+    knowledge_neurons,
+    learned_mask,
+    pcgu,
+)
+from locedit.localize.exact_patching import memory as exact_memory
 from locedit.localize.graph import GRAPH_UNITS
 from locedit.localize.integrated_gradients import memory as gradient_memory
 from locedit.localize.known import known
+from locedit.localize.lookup_cost import seconds as lookup_seconds
+from locedit.localize.nodes import NODE_UNITS
 from locedit.localize.pairs import PairOptions, pairs_of
 from locedit.localize.registry import Localizer
 from locedit.models import Model
@@ -42,6 +58,39 @@ LOCALIZERS: dict[str, Localizer] = {
         kinds=("fact",),
         memory=gradient_memory,
         paper="Dai et al. 2022, arXiv:2104.08696",
+    ),
+    "causal_tracing": Localizer(
+        function=causal_tracing.causal_tracing,
+        options=causal_tracing.CausalTracingOptions,
+        summary="how much of the answer a component brings back, restored in a run with a corrupted subject",
+        requires=("forget",),
+        pairs=True,
+        kinds=("patch", "fact"),
+        units=NODE_UNITS,
+        memory=exact_memory,
+        paper="Meng et al. 2022, arXiv:2202.05262",
+    ),
+    "activation_patching": Localizer(
+        function=activation_patching.activation_patching,
+        options=activation_patching.ActivationPatchingOptions,
+        summary="the effect of a component's value carried from one prompt of a pair into the other",
+        requires=("forget",),
+        pairs=True,
+        kinds=("patch", "fact"),
+        units=NODE_UNITS,
+        memory=exact_memory,
+        paper="Vig et al. 2020, arXiv:2004.12265; Heimersheim and Nanda 2024, arXiv:2404.15255",
+    ),
+    "attribution_patching": Localizer(
+        function=attribution_patching.attribution_patching,
+        options=attribution_patching.AttributionPatchingOptions,
+        summary="the first-order estimate of activation patching: change times gradient",
+        requires=("forget",),
+        pairs=True,
+        kinds=("patch", "fact"),
+        units=attribution_patching.ATTRIBUTION_UNITS,
+        memory=attribution_patching.memory,
+        paper="Nanda 2023; Syed et al. 2023, arXiv:2310.10348",
     ),
     "eap": Localizer(
         function=eap.eap,
@@ -78,6 +127,17 @@ LOCALIZERS: dict[str, Localizer] = {
         memory=pcgu.memory,
         paper="Yu et al. 2023, doi:10.18653/v1/2023.findings-acl.375; causal: Dige et al. 2024, arXiv:2406.13551",
     ),
+    "learned_mask": Localizer(
+        function=learned_mask.learned_mask,
+        options=learned_mask.LearnedMaskOptions,
+        summary="gates trained so that the data is forgotten, the retain data kept, and few components removed",
+        requires=("forget", "retain"),
+        kinds=_TEXTS,
+        units=("neuron", "head"),
+        memory=learned_mask.memory,
+        trial=learned_mask.trial,
+        paper="Guo et al. 2024, arXiv:2410.12949 (activation masks); Chang et al. 2024, arXiv:2311.09060",
+    ),
     "gradient_activation": Localizer(
         function=gradient_activation.gradient_activation,
         options=gradient_activation.GradientActivationOptions,
@@ -107,6 +167,18 @@ LOCALIZERS: dict[str, Localizer] = {
         units=UNITS,
         memory=fisher.relative_fisher_memory,
         paper="Cha et al. 2025, arXiv:2408.06621",
+    ),
+    "fact_lookup": Localizer(
+        function=fact_lookup.fact_lookup,
+        options=fact_lookup.FactLookupOptions,
+        summary="MLPs that look facts up: by paths to the heads that carry the answer, and by linear probes",
+        requires=("forget",),
+        pairs=True,
+        kinds=("patch", "fact"),
+        units=("mlp",),
+        memory=fact_lookup.memory,
+        seconds=lookup_seconds,
+        paper="Guo et al. 2024, arXiv:2410.12949",
     ),
     "activation": Localizer(
         function=baselines.activation,
@@ -185,7 +257,8 @@ def estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **o
     an upper bound beside the model.
     """
     method, task, settings = prepare(model, data, name, **options)
-    method.function(model, _tried(model, method, task, settings, count=1), _trial(method, settings)[0])  # only once
+    if method.seconds is None:
+        method.function(model, _tried(model, method, task, settings, count=1), _trial(method, settings)[0])  # only once
     return _cost(model, method, task, settings, count=TRIED)
 
 
@@ -238,6 +311,8 @@ def _units(method: Localizer, settings: Any) -> list[str]:
 def _cost(model: Model, method: Localizer, task: Task, settings: Any, *, count: int) -> Cost:
     """The time of a run with a few items, as much longer as there are more items, and the memory of the full run."""
     items = method.reads(task)[1]
+    if method.seconds is not None:
+        return Cost(seconds=method.seconds(model, task, settings), bytes=memory(model, items, method, settings))
     tried = _tried(model, method, task, settings, count=count)
     brief, longer = _trial(method, settings)
     start = time.perf_counter()
@@ -253,6 +328,8 @@ def _trial(method: Localizer, settings: Any) -> tuple[Any, float]:
 
 def _tried(model: Model, method: Localizer, task: Task, settings: Any, *, count: int) -> Task:
     """The task with `count` items only, from short to long; facts that borrow subjects bring those they borrow from."""
+    if method.trial:
+        return task
     role, data = method.reads(task)
     items = sorted(data, key=_length)
     count = min(len(items), count)

@@ -25,7 +25,10 @@ class Localizer:
     memory: Callable[[Model, Dataset, Any], int] | None = None
     "(model, items, options) -> bytes beside the model that a run needs at most; None = little more than the scores"
     trial: Callable[[Any], tuple[Any, float]] | None = None
-    "options -> options for a trial run, and how much longer the full run takes; None = the same and 1"
+    """options -> options for a brief run on all the data, and how much longer the full run takes; None = what takes
+    time is the number of items"""
+    seconds: Callable[[Model, Task, Any], float] | None = None
+    "(model, task, options) -> how long a run takes, where neither a few items nor a brief run tells; None = they do"
     kinds: tuple[str, ...] = ()
     "kinds of items it can read; empty = any"
     units: tuple[str, ...] = ("neuron",)
