@@ -216,9 +216,8 @@ def test_many_senders_are_one_forward_and_portions_change_nothing(monkeypatch: p
 
 
 def test_models_without_skip_paths_are_refused_in_one_line() -> None:
-    with pytest.raises(LoceditError, match=r"^path patching needs a causal model.*by='probe'$"):
-        refuse(tiny.model("bert"))
-    with pytest.raises(LoceditError, match=r"^OPTForCausalLM normalises the stream after every sum"):
-        refuse(tiny.model("opt", do_layer_norm_before=False))
+    for architecture, more in (("bert", {}), ("opt", {"do_layer_norm_before": False})):
+        with pytest.raises(LoceditError, match=r"normalises the stream after every sum .*; use by='probe'$"):
+            refuse(tiny.model(architecture, **more))
     for architecture in tiny.CAUSAL:
         refuse(tiny.model(architecture))

@@ -32,6 +32,7 @@ from torch import Tensor
 from locedit import tracing
 from locedit.data.encode import unseen_padding
 from locedit.errors import LoceditError
+from locedit.localize.blocks import attention_of
 from locedit.localize.noise import corrupted
 from locedit.localize.pairs import PairBatch
 from locedit.models import Model
@@ -65,13 +66,13 @@ class Runs:
 
 def refuse(model: Model) -> None:
     """One line for models on which path patching has no exact meaning."""
-    if not model.causal:
-        raise LoceditError(f"path patching needs a causal model; {model.name} is not one: use by='probe'")
     if model.anatomy.post_norm:
         raise LoceditError(
-            f"{type(model.core).__name__} normalises the stream after every sum, so no path skips a layer: "
-            "path patching has no exact meaning; use by='probe'"
+            f"{type(model.core).__name__} normalises the stream after every sum (post-norm), so no path skips a layer "
+            "and path patching has no exact meaning; use by='probe'"
         )
+    if not model.causal:
+        raise LoceditError(f"path patching needs a causal model; {model.name} is not one: use by='probe'")
     apart = _apart(model)
     if apart > (0.1 if torch.finfo(model.dtype).bits < 32 else 1e-3):
         raise LoceditError(
@@ -287,6 +288,6 @@ def _dummy(model: Model, length: int) -> Int[Tensor, "1 pos"]:
 def row_bytes(model: Model, length: int) -> int:
     """What a row of that many positions takes in a forward pass, with its logits; on the large side."""
     size = torch.finfo(model.dtype).bits // 8
-    eager = model.core.config._attn_implementation == "eager"
+    eager = attention_of(model) == "eager"
     attention = 4 * model.n_heads * model.d_head + (2 * model.n_heads * length if eager else 0)
     return length * size * (8 * model.d_model + 4 * model.d_mlp + attention) + 3 * size * model.vocab_size

@@ -12,7 +12,7 @@ positions of these prompts themselves (published: over unrelated texts). All acc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +21,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from locedit import progress
+from locedit.data.encode import Example
 from locedit.data.items import Task
 from locedit.evaluate.intervals import estimate_mean
 from locedit.localize.logistic import logistic
 from locedit.localize.probe_data import ProbeOptions, Relation, relations
-from locedit.localize.states import EMBEDDING, Point, States, alone, in_prompt
+from locedit.localize.states import EMBEDDING, Point, Prompt, States, alone, in_prompt
 from locedit.models import Model
 from locedit.scores import Table
 
@@ -95,7 +96,11 @@ def probe(model: Model, task: Task, options: ProbeOptions) -> Probes:
     examples = [example for relation in found for example in relation.examples]
     readings: list[Reading] = []
     unsolved = 0.0
-    for positions, make in ((("subject", "last"), in_prompt), (("name",), alone)):
+    kinds: tuple[tuple[tuple[Position, ...], Callable[[Model, Example], Prompt]], ...] = (
+        (("subject", "last"), in_prompt),
+        (("name",), alone),
+    )
+    for positions, make in kinds:
         states = States(model, [make(model, example) for example in examples], options)
         for first in (None, *ablations(model, options)):
             values = states.plain if first is None else states.ablated(first)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from locedit import tracing
 from locedit.data.encode import Example, unseen_padding
+from locedit.localize.blocks import attention_of
 from locedit.localize.budget import BatchOptions
 from locedit.models import Model
 
@@ -151,7 +152,7 @@ def _last(rows: Rows) -> Bool[Tensor, "row pos"]:
 def row_bytes(model: Model, length: int) -> int:
     """What the forward pass of one prompt takes: one block's activations and one row of logits; on the large side."""
     size = torch.finfo(model.dtype).bits // 8
-    attention = 2 * model.n_heads * length if model.core.config._attn_implementation == "eager" else 0
+    attention = 2 * model.n_heads * length if attention_of(model) == "eager" else 0
     return length * size * (12 * model.d_model + 4 * model.d_mlp + attention) + 8 * model.vocab_size
 
 
