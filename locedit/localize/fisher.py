@@ -15,8 +15,8 @@ loss; its default of 0.1 is ours.
 
 LoKU's release differs, and is here by name. It squares the gradient of a batch's mean over tokens
 (`variant="batch_squared"`), which shrinks as batches grow. It adds 1e-5 to F_retain whatever its size
-(`eps="release"`), which is more than the F_retain of most trained models, so that R ranks like F_forget alone. It also
-draws one retain example for each forget example; here all are used.
+(`eps="release"`), which is far more than F_retain where the model fits the retain data well: R then ranks like F_forget
+alone. It also draws one retain example for each forget example; here all are used.
 """
 
 from collections.abc import Mapping
@@ -60,8 +60,8 @@ def fisher(model: Model, task: Task, options: FisherOptions) -> Scores:
     sites = model.sites(options.unit)
     found = information(model, task.forget, options, keep=parts_of(sites.values()), what="fisher")
     sums = _sums(sites, found)
-    table = {"site": list(sites), "sum": [float(v.sum()) for v in sums.values()], "mean": _means(sites, sums)}
-    return _scores(model, sites, sums, options, items=found.items, evidence={"items": found.items, "sites": table})
+    table = {"site": list(sites), "sum": _totals(sums), "mean": _means(sites, sums)}
+    return _scores(model, sites, sums, options, found=found, evidence={"items": found.items, "sites": table})
 
 
 def relative_fisher(model: Model, task: Task, options: RelativeFisherOptions) -> Scores:
@@ -83,7 +83,7 @@ def relative_fisher(model: Model, task: Task, options: RelativeFisherOptions) ->
     ratios = _ratios(sites, forget, retain, sums=sums, others=others, eps=eps, options=options)
     table["mean_ratio"] = _means(sites, ratios)
     evidence = {"items": forget.items, "retain_items": retain.items, "sites": table}
-    return _scores(model, sites, ratios, options, items=forget.items, evidence=evidence)
+    return _scores(model, sites, ratios, options, found=forget, evidence=evidence)
 
 
 def fisher_memory(model: Model, items: Dataset, options: FisherOptions) -> int:
@@ -107,17 +107,21 @@ def _sums(sites: Mapping[str, Site], found: Information) -> dict[str, Tensor]:
     return {name: component_sums(site, found.squares.__getitem__) for name, site in sites.items()}
 
 
+def _totals(sums: Mapping[str, Tensor]) -> list[float]:
+    return [float(value.sum(dtype=torch.float64)) for value in sums.values()]
+
+
 def _means(sites: Mapping[str, Site], sums: Mapping[str, Tensor]) -> list[float]:
     """Over the weights of each site."""
-    return [float(sums[name].sum(dtype=torch.float64) / sizes_of(site).sum()) for name, site in sites.items()]
+    sizes = [float(sizes_of(site).sum()) for site in sites.values()]
+    return [total / size for total, size in zip(_totals(sums), sizes, strict=True)]
 
 
 def _absolute(options: RelativeFisherOptions, sites: Mapping[str, Site], retain: Mapping[str, Tensor]) -> float:
     """What is added to the Fisher information of the retain data."""
     if options.eps == "release":
         return RELEASE_EPS
-    total = sum(float(value.sum(dtype=torch.float64)) for value in retain.values())
-    eps = options.eps * total / sum(float(sizes_of(site).sum()) for site in sites.values())
+    eps = options.eps * sum(_totals(retain)) / sum(float(sizes_of(site).sum()) for site in sites.values())
     if not eps > 0:
         raise LoceditError("relative_fisher: the loss of the retain data has no gradient here, so there is no ratio")
     return eps
@@ -156,14 +160,16 @@ def _scores(
     sums: Mapping[str, Tensor],
     options: FisherOptions,
     *,
-    items: Table,
+    found: Information,
     evidence: dict[str, Table],
 ) -> Scores:
+    if found.slow:
+        evidence["one_by_one"] = {"parameter": list(found.slow)}
     values = {n: v / sizes_of(sites[n]) if options.reduce == "mean" else v for n, v in sums.items()}
     return Scores(
         values={name: value.float() for name, value in values.items()},
         sites=dict(sites),
-        examples=tuple(items["id"]),
+        examples=tuple(found.items["id"]),
         evidence=evidence,
         fingerprint=model.fingerprint,
     )

@@ -60,8 +60,11 @@ class Information:
     "by parameter, on the model's devices"
     items: Table
     "id, tokens and loss (nats) of each example, in order"
+    slow: tuple[str, ...] = ()
+    "parameters that took one backward pass for each example"
 
 
+@torch.inference_mode(False)
 def information(model: Model, data: Dataset, options: FisherOptions, *, keep: Keep, what: str) -> Information:
     """Measure what is to be kept of each parameter; for a masked model an example's rows have one gradient."""
     examples = encode(model, data)
@@ -73,7 +76,8 @@ def information(model: Model, data: Dataset, options: FisherOptions, *, keep: Ke
     for batch in progress.track(list(batches(examples, model, size)), what):
         ids = [example.id for example in batch.examples]
         found |= dict(zip(ids, gradients.update(batch).tolist(), strict=True))
-    return Information(squares=gradients.finish(), items=_items(examples, [found[e.id] for e in examples]))
+    items = _items(examples, [found[e.id] for e in examples])
+    return Information(squares=gradients.finish(), items=items, slow=tuple(sorted(gradients.slow or ())))
 
 
 def _of_groups(

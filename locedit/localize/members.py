@@ -31,6 +31,11 @@ class Members:
         """Whether every row is an example of its own."""
         return self.count == self.rows
 
+    def knows(self, value: Tensor) -> bool:
+        """Whether it is clear which example each position of a tensor belongs to."""
+        ahead = value.shape[0] in (self.rows, self.rows * self.width)
+        return ahead or (value.ndim == 2 and value.shape[0] == len(self.picked))
+
     def by_example(self, value: Float[Tensor, "... features"] | Tensor) -> Tensor:
         """`[example, pos, features]`: an example's positions one after the other, filled up with zeros."""
         flat = value.reshape(-1, value.shape[-1])
@@ -61,5 +66,5 @@ class Members:
         """The example of each of `size` positions; None where every example has one row of the batch."""
         if size == self.rows * self.width:
             return None if self.alone else self.members.repeat_interleave(self.width)
-        assert size == len(self.picked), f"{size} positions are neither all of the batch nor those that are unembedded"
+        assert size == len(self.picked), "ask `knows` first"
         return self.picked

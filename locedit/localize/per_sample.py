@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from locedit import tracing
 from locedit.data.encode import Batch, Example, collate
+from locedit.errors import LoceditError
 from locedit.localize.blocks import weights_without_gradient
 from locedit.localize.members import Members
 from locedit.localize.readers import Kept, Read, precise, reader_of
@@ -54,13 +55,23 @@ class SquaredGradients:
             if self.slow is None:
                 self.slow = _slow(self.model, self.keep, batch.examples, loss=self.loss)
             followed = {name: squares for name, squares in self.squares.items() if name not in self.slow}
-            losses = _Pass(self.model, followed, batch).run(self.loss) if followed else None
+            losses = self._pass(followed, batch) if followed else None
             if self.slow:
                 slow = {name: squares for name, squares in self.squares.items() if name in self.slow}
                 alone = one_by_one(self.model, slow, batch.examples, loss=self.loss)
                 losses = alone if losses is None else losses
         self.count += len(batch.examples)
         assert losses is not None
+        return losses
+
+    def _pass(self, squares: Mapping[str, Squares], batch: Batch) -> Float[Tensor, " examples"]:
+        passed = _Pass(self.model, squares, batch)
+        losses = passed.run(self.loss)
+        if passed.unclear:
+            raise LoceditError(
+                f"{self.model.name}: {min(passed.unclear)} cannot be scored: its module mixes the examples of a batch, "
+                "of this one though not of the two examples tried first"
+            )
         return losses
 
     def finish(self) -> dict[str, Squares]:
@@ -105,6 +116,8 @@ class _Pass:
         "calls whose gradient is still to come"
         self.pieces: dict[str, list[Piece]] = {name: [] for name in squares}
         self.called: set[str] = set()
+        self.unclear: set[str] = set()
+        "parameters with a call whose positions do not say which example they belong to"
 
     def run(self, loss: Loss) -> Float[Tensor, " examples"]:
         with tracing.calls(self._modules(), rows=len(self.batch)):
@@ -130,7 +143,11 @@ class _Pass:
         return partial(self._back, own, [read(module, tuple(own), given)])
 
     def _back(self, own: dict[str, str], kept: list[Kept], gradient: Tensor) -> None:
-        made = kept.pop().pieces(self.members, gradient.to(precise(gradient)))  # each call is heard once
+        call = kept.pop()  # each call is heard once
+        if not self.members.knows(gradient):
+            self.unclear.update(own.values())
+            return
+        made = call.pieces(self.members, gradient.to(precise(gradient)))
         for key, name in own.items():
             self.pieces[name].append(made[key])
             self.waiting[name] -= 1
@@ -147,7 +164,10 @@ class _Pass:
 
 
 def _slow(model: Model, keep: Keep, examples: Sequence[Example], *, loss: Loss) -> frozenset[str]:
-    """The parameters whose gradient is not the one that a plain backward pass gives, measured on two examples."""
+    """The parameters whose gradient is not the one that a plain backward pass gives, measured on two examples.
+
+    One that no call uses and that has no gradient either is nowhere in the model's output.
+    """
     known = _FOLLOWED.setdefault(model, {})
     if new := [name for name in keep if name not in known]:
         known.update(_measured(model, new, min(examples, key=lambda example: len(example.ids)), loss=loss))
@@ -163,8 +183,9 @@ def _measured(model: Model, names: Sequence[str], example: Example, *, loss: Los
     one_by_one(model, plain, two, loss=loss)
     largest = max(float(value.max()) for squares in plain.values() for value in squares.sums.values())
     tolerance = 0.05 if torch.finfo(model.dtype).bits < 32 else 1e-3
+    read = passed.called - passed.unclear
     return {
-        name: (name in passed.called or not bool(plain[name].total()))
+        name: (name in read or 0 == float(plain[name].total()) < largest)
         and all(_close(value, plain[name].sums[part], tolerance, largest) for part, value in fast[name].sums.items())
         for name in names
     }

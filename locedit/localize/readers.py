@@ -8,7 +8,7 @@ them (every norm) can be read; how norms and embeddings use their weights is fou
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from locedit.localize.members import Members
 from locedit.localize.squares import Lookup, Outer, Piece, Vectors
 
 
+@runtime_checkable
 class Kept(Protocol):
     """What is kept of a call until its output's gradient comes."""
 

@@ -61,15 +61,12 @@ class Squares:
         self, shape: tuple[int, ...], keep: Iterable[Part], *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.shape = shape
-        keep = {"entries"} if len(shape) == 1 else set(keep)
-        sizes = {part: shape if part == "entries" else () if part == "all" else (shape[part],) for part in keep}
-        if "entries" in sizes:
-            sizes = {"entries": shape}
-        elif len(sizes) > 1:
-            sizes.pop("all", None)  # any other sum gives it
-        self.sums: dict[Part, Tensor] = {
-            part: torch.zeros(size, dtype=dtype, device=device) for part, size in sizes.items()
-        }
+        parts: set[Part] = set(keep)
+        if len(shape) == 1 or "entries" in parts:
+            parts = {"entries"}
+        elif len(parts) > 1:
+            parts.discard("all")  # any other sum gives it
+        self.sums = {part: torch.zeros(_size(shape, part), dtype=dtype, device=device) for part in parts}
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -89,8 +86,8 @@ class Squares:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Squares":
         """Something else in the place of every entry."""
         other = copy.copy(self)
-        entries: Part = "entries"
-        other.sums = {entries: function(self.entries).to(self.entries.dtype)}
+        sums: dict[Part, Tensor] = {"entries": function(self.entries).to(self.entries.dtype)}
+        other.sums = sums
         return other
 
     def divide(self, by: float) -> None:
@@ -171,6 +168,10 @@ class Squares:
                 else:
                     side = left if part == 0 else right
                     value.add_((torch.bmm(grams[int(part)], side) * side).sum((0, 1)))
+
+
+def _size(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    return shape if part == "entries" else () if part == "all" else (shape[part],)
 
 
 def _along(entries: Tensor, axis: int) -> Tensor:
