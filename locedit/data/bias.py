@@ -37,7 +37,7 @@ LABELS = ("stereotype", "anti-stereotype", "unrelated")
 
 def is_stereoset(text: str) -> bool:
     """Whether a JSON file is one object that holds StereoSet's tasks."""
-    return text.lstrip().startswith("{") and any(f'"{task}"' in text for task in TASKS) and '"gold_label"' in text
+    return text.lstrip().startswith("{") and any(f'"{task}"' in text for task in TASKS)
 
 
 def read_stereoset(path: Path, text: str) -> list[tuple[Place, Item]]:
