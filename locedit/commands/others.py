@@ -21,7 +21,7 @@ def lab_command(args: argparse.Namespace) -> None:
         return reused(args.out)
     refuse_overwrite(args.out, force=args.force)
     made = write_lab(args.out, world=args.world, force=args.force, **options)
-    note(f"{args.out}: model/ and the tasks facts/ and private/")
+    note(f"{args.out}: model/ and the tasks facts/, private/ and bias/")
     known = ", ".join(f"{name} {share:.3f}" for name, share in made.report["facts"]["forget"].items())
     return note(f"facts that the model answers, by format: {known}")
 
