@@ -13,6 +13,8 @@ from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
 from locedit.evaluate.association import associations, scored_stretch
 from locedit.models import Model
+from locedit.report.judge import Pair, floor, forgetting
+from locedit.results import Evaluation, Measure, Stage
 from tests import tiny
 
 PAIRS = Dataset(
@@ -178,3 +180,28 @@ def test_check_says_what_is_preferred() -> None:
 def test_association_of_facts_is_refused_in_one_line() -> None:
     with pytest.raises(LoceditError, match="metric 'association' needs items of kind contrast"):
         evaluate(tiny.model("gpt2"), TEXTS, metrics=["association"])
+
+
+def measured(value: float, stage: Stage, dataset: str = "forget") -> Measure:
+    return Measure(
+        name="association",
+        dataset=dataset,
+        stage=stage,
+        value=value,
+        low=value - 0.1,
+        high=value + 0.1,
+        n=9,
+        direction="lower",
+        unit="nats",
+        range=(None, None),
+    )
+
+
+@pytest.mark.parametrize(("after", "state"), [(0.1, "gone"), (1.0, "partly"), (2.05, "unchanged"), (2.5, "worse")])
+def test_a_report_measures_forgetting_towards_no_preference(after: float, state: str) -> None:
+    """Held-out professions lean by chance (here to -1), so they are not where forgetting ends."""
+    pair = Pair(before=measured(2.0, "before"), after=measured(after, "after"))
+    leaning = measured(-1.0, "before", dataset="heldout")
+    evaluation = Evaluation(measures=(pair.before, pair.after, leaning))
+    assert floor(evaluation, pair) == 0
+    assert forgetting(pair, floor(evaluation, pair)) == state
