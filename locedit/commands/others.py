@@ -23,7 +23,11 @@ def lab_command(args: argparse.Namespace) -> None:
     made = write_lab(args.out, world=args.world, force=args.force, **options)
     note(f"{args.out}: model/ and the tasks facts/, private/ and bias/")
     known = ", ".join(f"{name} {share:.3f}" for name, share in made.report["facts"]["forget"].items())
-    return note(f"facts that the model answers, by format: {known}")
+    note(f"facts that the model answers, by format: {known}")
+    odds = made.report["association"]["statement"]
+    return note(
+        f"pronouns, planted against measured log-odds: correlation {odds['correlation']:.3f}, slope {odds['slope']:.3f}"
+    )
 
 
 def check_command(args: argparse.Namespace) -> None:
