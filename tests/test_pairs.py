@@ -103,6 +103,16 @@ def test_without_groups_only_facts_asked_in_the_same_words_are_partners(gpt2: Mo
     assert [pair.partner for pair in found] == ["dane", "anna"]
 
 
+def test_facts_without_a_partner_can_be_left_out(gpt2: Model) -> None:
+    data = task(*people("anna", "dane", "carl"))
+    pairs = pairs_of(gpt2, data, PairOptions(unpaired="skip"))
+    assert [pair.id for pair in pairs] == ["anna", "dane"]
+    with pytest.raises(LoceditError, match="item 'carl': no other fact"):
+        pairs_of(gpt2, data, PairOptions())
+    with pytest.raises(LoceditError, match="facts.jsonl: no fact has another to swap its subject with"):
+        pairs_of(gpt2, task(*people("anna", "carl")), PairOptions(unpaired="skip"))
+
+
 def test_a_subject_of_which_the_answer_is_also_true_is_no_partner(gpt2: Model) -> None:
     facts = [*people("anna", "dane"), fact("dane in Oslo", "Anna Dane", " Oslo")]
     with pytest.raises(LoceditError, match=r"item 'anna': no other fact of group 'born'.*\(0 tried\)"):

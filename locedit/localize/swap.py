@@ -23,20 +23,29 @@ class Swap:
 
 
 def partners(
-    model: Encoder, facts: Sequence[Fact], examples: Sequence[Example], others: Sequence[Fact], *, chat: str, seed: int
-) -> list[Swap]:
+    model: Encoder,
+    facts: Sequence[Fact],
+    examples: Sequence[Example],
+    others: Sequence[Fact],
+    *,
+    chat: str,
+    seed: int,
+    skip: bool = False,
+) -> list[Swap | None]:
     """A swap for every fact: with another of `facts`, else with one of `others`; drawn by the seed and the fact's id.
 
     A partner is asked in the same relation: it has the same group, or, where there is none, the same words around its
-    subject. Its answer is another, it is true of a subject of which the fact's answer is not, and its subject fits.
+    subject. Its answer is another, the fact's answer is not true of its subject too, and its subject fits. A fact
+    without a partner is an error, or None where such facts are skipped.
     """
     waiting = {i: _candidates(fact, facts, others, seed=seed) for i, fact in enumerate(facts)}
     asked = {i: len(candidates) for i, candidates in waiting.items()}
     found: dict[int, Swap] = {}
-    while waiting:
-        for i, candidates in waiting.items():
-            if not candidates:
+    while waiting := {i: candidates for i, candidates in waiting.items() if i not in found}:
+        for i in [i for i, candidates in waiting.items() if not candidates]:
+            if not skip:
                 raise LoceditError(_none(facts[i], examples[i], tried=asked[i]))
+            del waiting[i]
         chosen = [(i, candidates.pop()) for i, candidates in waiting.items()]
         corrupt = encode(model, [_swapped(facts[i], partner) for i, partner in chosen], chat=chat)
         wrong = encode(
@@ -45,8 +54,7 @@ def partners(
         for (i, partner), other, false in zip(chosen, corrupt, wrong, strict=True):
             if _fits(examples[i], other, false):
                 found[i] = Swap(corrupt=other, wrong=false, partner=partner.id)
-                del waiting[i]
-    return [found[i] for i in range(len(facts))]
+    return [found.get(i) for i in range(len(facts))]
 
 
 def _candidates(fact: Fact, facts: Sequence[Fact], others: Sequence[Fact], *, seed: int) -> list[Fact]:
@@ -96,5 +104,5 @@ def _none(fact: Fact, example: Example, *, tried: int) -> str:
     return (
         f"item {fact.id!r}: no other fact {where} has another answer and a subject that fits in the place of "
         f"{fact.subject!r} with {example.subject.end - example.subject.start} tokens ({tried} tried): "
-        "add such facts to forget or retain, give pairs, or use --corrupt noise"
+        "add such facts to forget or retain, give pairs, use --corrupt noise, or leave it out with --unpaired skip"
     )
