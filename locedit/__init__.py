@@ -22,6 +22,7 @@ _HOMES = {
     "Scores": "locedit.components",
     "Task": "locedit.data",
     "compare": "locedit.controls",
+    "grade": "locedit.grading",
     "load": "locedit.models",
     "mean": "locedit.edit",
     "read_facts": "locedit.data",
@@ -46,6 +47,7 @@ __all__ = [
     "Task",
     "compare",
     "evaluate",
+    "grade",
     "lab",
     "load",
     "localize",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from locedit.edit import Edit, mean, scale, zero
     from locedit.errors import LoceditError
     from locedit.evaluate import evaluate
+    from locedit.grading import grade
     from locedit.lab import lab
     from locedit.localize import localize
     from locedit.models import Model, load

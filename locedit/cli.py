@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; what is left over are options of the method, as `--name value`, kept in `extra`."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("localize", "edit", "evaluate", "demo"):
+    if rest and args.command not in ("localize", "edit", "evaluate", "demo", "grade", "circuit"):
         parser.error(f"unknown argument {rest[0]!r}")
     args.extra = _pairs(parser, rest)
     return args
@@ -103,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"locedit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_demo, _check, _lab, _localize, _edit, _evaluate, _report, _export, _methods, _metrics):
+    for add in (_demo, _check, _lab, _localize, _circuit, _edit, _evaluate, _report, _export, _grade):
+        add(commands)
+    for add in (_methods, _metrics):
         add(commands)
     return parser
 
@@ -119,9 +121,9 @@ def _command(commands: Commands, name: str, text: str, more: str = "") -> argpar
     return parser
 
 
-def _model_and_data(parser: argparse.ArgumentParser) -> None:
+def _model_and_data(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder with a transformers model, or a hub id")
-    parser.add_argument("data", metavar="DATA", help="a JSON-lines file, a task folder or a task .toml")
+    parser.add_argument("data", metavar="DATA", nargs=nargs, help="a JSON-lines file, a task folder or a task .toml")
     parser.add_argument(
         "--fields", metavar="A=B,...", help="rename fields of the data, e.g. prompt=question,answer=response"
     )
@@ -174,9 +176,9 @@ def _lab(commands: Commands) -> None:  # type: ignore[type-arg]
         commands,
         "lab",
         "make a small world and train a model on it",
-        "Writes model/, facts/ and private/ as ordinary files.",
+        "Writes model/, facts/, private/ and bias/ as ordinary files.",
     )
-    parser.add_argument("world", nargs="?", default="facts", help="facts or private; both are written (default facts)")
+    parser.add_argument("world", nargs="?", default="facts", help="facts, private or bias; all are written (default facts)")
     parser.add_argument("--arch", default="gpt2", help="gpt2, llama, neox or bert (default gpt2)")
     parser.add_argument("--size", default="small", help="small (minutes) or tiny (ten seconds)")
     parser.add_argument("--seed", type=int, default=0)
@@ -202,6 +204,23 @@ def _localize(commands: Commands) -> None:  # type: ignore[type-arg]
     parser.add_argument("--sign", default="positive", help="positive, negative or absolute (default positive)")
     parser.add_argument("--minus", metavar="FILE", help="control prompts whose scores are subtracted")
     _out(parser)
+
+
+def _circuit(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands,
+        "circuit",
+        "measure how faithful circuits of the best components are, or write scores for the MIB circuit track",
+        "With DATA (pairs or facts): the metric with all but the best 0.1 % to 100 % ablated, and the areas CPR and "
+        "CMD. Options are given as --ablation mean, --rank size, --metric probability, --corrupt noise; "
+        "locedit.faithfulness.FaithfulnessOptions lists them.",
+    )
+    _model_and_data(parser, nargs="?")
+    parser.add_argument(
+        "--scores", required=True, metavar="FOLDER", help="runs/a/localize/eap_ig, or an importances.json"
+    )
+    parser.add_argument("--mib", metavar="FILE", help="write the scores and edges as an importances.json")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
 def _edit(commands: Commands) -> None:  # type: ignore[type-arg]
@@ -240,6 +259,28 @@ def _export(commands: Commands) -> None:  # type: ignore[type-arg]
     parser.add_argument("model", metavar="MODEL", help="the model that the edit was made for")
     parser.add_argument("--edit", required=True, metavar="FOLDER")
     _placement(parser)
+    _out(parser)
+
+
+def _grade(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands,
+        "grade",
+        "grade localizers on lab models where the truth is known",
+        "Facts planted in known places, deletion of what was found, and an oracle of edited and attacked places. "
+        "The same command goes on where it was stopped. Options of the grading are given as --draws 2, --units neuron; "
+        "locedit.grading.GradeOptions lists them.",
+    )
+    parser.add_argument("--arch", default="gpt2", help="architecture of the labs (default gpt2)")
+    parser.add_argument("--size", default="small", help="small or tiny (default small)")
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,...", help="labs of these seeds (default 0,1,2)")
+    parser.add_argument("--methods", default="all", metavar="NAME,...", help="localizers (default all)")
+    parser.add_argument(
+        "--parts",
+        default="planted,deletion,oracle",
+        metavar="NAME,...",
+        help="planted, deletion, oracle (default all three)",
+    )
     _out(parser)
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 
+from locedit.commands.circuit import circuit_command
 from locedit.commands.edit import edit_command, export_command
 from locedit.commands.evaluate import evaluate_command, report_command
+from locedit.commands.grade import grade_command
 from locedit.commands.localize import localize_command
 from locedit.commands.others import check_command, demo_command, lab_command
 from locedit.listing import methods_command, metrics_command
@@ -19,10 +21,12 @@ def run(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "check": check_command,
+    "circuit": circuit_command,
     "demo": demo_command,
     "edit": edit_command,
     "evaluate": evaluate_command,
     "export": export_command,
+    "grade": grade_command,
     "lab": lab_command,
     "localize": localize_command,
     "methods": methods_command,

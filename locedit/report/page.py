@@ -11,7 +11,7 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from locedit.components import UNITS, Unit
-from locedit.report import captions, figures, tables, words
+from locedit.report import captions, evidence, figures, tables, words
 from locedit.report.inputs import RunResults
 from locedit.report.numbers import PLURALS
 from locedit.report.side_by_side import side_by_side
@@ -61,16 +61,33 @@ def page(runs: Sequence[RunResults]) -> str:
     """The whole page as HTML: no request leaves it, and text from data files is escaped."""
     many = len(runs) > 1
     views = [_run_view(run, f"run-{number}") for number, run in enumerate(runs, start=1)]
-    overlays = _overlays(runs) if many else []
+    return render(
+        views,
+        title=_title(runs),
+        subtitle=_subtitle(runs),
+        compared=side_by_side(runs) if many else None,
+        overlays=_overlays(runs) if many else [],
+    )
+
+
+def render(
+    views: Sequence[RunView],
+    *,
+    title: str,
+    subtitle: str,
+    compared: TableView | None = None,
+    overlays: Sequence[FigureView] = (),
+) -> str:
+    """A page of these views, several of them side by side."""
     drawn = bool(overlays) or any(section.figures for view in views for section in view.sections)
     env = environment()
     parts = env.get_template("parts.html").module
     return env.get_template("page.html").render(
-        title=_title(runs),
-        subtitle=_subtitle(runs),
+        title=title,
+        subtitle=subtitle,
         runs=views,
-        many=many,
-        comparison_table=side_by_side(runs) if many else None,
+        many=len(views) > 1,
+        comparison_table=compared,
         overlays=overlays,
         figure=parts.figure,  # type: ignore[attr-defined]
         table=parts.table,  # type: ignore[attr-defined]
@@ -155,6 +172,8 @@ def _scores(run: RunResults, anchor: str) -> Section:
             part = _of_unit(scores, unit)
             figure, caption = figures.scores(part, chosen=run.components), captions.scores(part, run.components)
             drawn.append(_view(figure, caption, title=f"{method}: {PLURALS[unit]}", kind="heat"))
+        if evidence.has_figure(scores):
+            drawn.append(_view(evidence.figure(scores), evidence.caption(scores), title=f"{method}: evidence"))
         listed.append(tables.best(scores, name=method))
         listed += [tables.evidence(name, table) for name, table in scores.evidence.items() if table]
     missing = "" if run.scores else "No scores are in this run."
