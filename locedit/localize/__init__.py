@@ -3,6 +3,7 @@
 scores = localize(model, facts, "depn", steps=20, quadrature="right")
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from locedit.localize import (
 from locedit.localize.exact_patching import memory as exact_memory
 from locedit.localize.graph import GRAPH_UNITS
 from locedit.localize.integrated_gradients import memory as gradient_memory
-from locedit.localize.known import known
+from locedit.localize.known import with_known
 from locedit.localize.lookup_cost import seconds as lookup_seconds
 from locedit.localize.nodes import NODE_UNITS
 from locedit.localize.pairs import PairOptions, pairs_of
@@ -242,11 +243,8 @@ def localize(model: Model, data: Task | Dataset | Sequence[Item], name: str, **o
     read = method.reads(task)[1]
     with measure(name, model=model, data=read, settings=settings, seed=getattr(settings, "seed", None)) as measured:
         scores = method.function(model, task, settings)
-        if method.requires and "items" not in scores.evidence:
-            table = known(model, read, batch=getattr(settings, "batch", 16))
-            scores = (
-                scores if table is None else dataclasses.replace(scores, evidence=scores.evidence | {"items": table})
-            )
+        if method.requires:
+            scores = with_known(scores, model, read, batch=getattr(settings, "batch", 16))
     return scores.made_by(measured.provenance)
 
 
@@ -258,7 +256,8 @@ def estimate(model: Model, data: Task | Dataset | Sequence[Item], name: str, **o
     """
     method, task, settings = prepare(model, data, name, **options)
     if method.seconds is None:
-        method.function(model, _tried(model, method, task, settings, count=1), _trial(method, settings)[0])  # only once
+        with contextlib.suppress(LoceditError):  # what happens only once; a method may refuse so few items
+            method.function(model, _tried(model, method, task, settings, count=1), _trial(method, settings)[0])
     return _cost(model, method, task, settings, count=TRIED)
 
 
@@ -316,7 +315,11 @@ def _cost(model: Model, method: Localizer, task: Task, settings: Any, *, count: 
     tried = _tried(model, method, task, settings, count=count)
     brief, longer = _trial(method, settings)
     start = time.perf_counter()
-    method.function(model, tried, brief)
+    try:
+        method.function(model, tried, brief)
+    except LoceditError:  # a few items may be too few; all of them may not
+        start, tried = time.perf_counter(), task
+        method.function(model, task, brief)
     share = len(items) / len(method.reads(tried)[1]) if method.requires else 1.0
     seconds = (time.perf_counter() - start) * longer * share
     return Cost(seconds=seconds, bytes=memory(model, items, method, settings))

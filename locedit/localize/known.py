@@ -1,6 +1,7 @@
 """What the model knows of the items that a localizer reads: scores of what it does not know mean little."""
 
 import math
+from dataclasses import replace
 
 from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset
@@ -31,13 +32,25 @@ def known(model: Model, data: Dataset, *, batch: int = 16) -> Table | None:
     }
 
 
+def with_known(scores: Scores, model: Model, data: Dataset, *, batch: int = 16) -> Scores:
+    """The scores with what is known in their evidence: "items", or "known" beside a table of that name of their own."""
+    own = scores.evidence.get("items", {})
+    if "known" in own or (table := known(model, data, batch=batch)) is None:
+        return scores
+    joined = not own or own.get("id") == table["id"]
+    return replace(
+        scores, evidence=scores.evidence | {"items" if joined else "known": {**table, **own} if joined else table}
+    )
+
+
 def _item(example: Example) -> str:
     return example.id.removesuffix("/clean") if example.kind == "clean" else example.id
 
 
 def warning(scores: Scores) -> str | None:
     """A line where the model knows less than half of the items that were scored."""
-    answers = scores.evidence.get("items", {}).get("known")
+    tables = (scores.evidence.get(name, {}) for name in ("items", "known"))
+    answers = next((table["known"] for table in tables if "known" in table), None)
     if not answers or sum(map(bool, answers)) >= len(answers) / 2:
         return None
     return (
