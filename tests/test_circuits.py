@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from locedit.circuits import export_mib, from_mib, import_mib, to_mib
+from locedit.cli import main
 from locedit.components import EdgeScores, Scores
 from locedit.edges import Edge
 from locedit.errors import LoceditError
 from locedit.localize import localize
 from locedit.models import Model
 from tests import tiny
-from tests.edges import task
+from tests.edges import ITEMS, task
 
 
 def published_names(cfg: dict[str, Any]) -> tuple[list[str], set[str]]:
@@ -58,7 +59,7 @@ def test_the_file_has_every_published_name_and_comes_back(architecture: str, tmp
     assert all(torch.equal(back.values[name], scores.values[name]) for name in scores.values)
     assert scores.edges is not None
     assert back.edges is not None
-    ours, theirs = ({edge[:4]: edge[4] for edge in made.edges.edges()} for made in (scores, back))
+    ours, theirs = ({edge[:4]: edge[4] for edge in made.edges()} for made in (scores.edges, back.edges))
     assert ours.keys() == theirs.keys()
     assert max(abs(ours[edge] - theirs[edge]) for edge in ours) < 1e-6
 
@@ -144,3 +145,32 @@ def test_what_has_no_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "i.json").write_text('{"cfg": {}}')
     with pytest.raises(LoceditError, match="i.json: not a circuit file"):
         import_mib(tmp_path / "i.json", model)
+
+
+def test_the_command_measures_and_writes_and_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data, run = (str(tmp_path / name) for name in ("model", "pairs.jsonl", "run"))
+    tiny.module("llama").save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    fields = ("clean", "corrupt", "answer", "wrong", "id")
+    rows = [json.dumps({name: getattr(item, name) for name in fields}) for item in ITEMS]
+    Path(data).write_text("\n".join(rows) + "\n")
+    assert main(["localize", model, data, "--method", "eap", "--top", "3", "--out", run]) == 0
+    folder, file = f"{run}/localize/eap", str(tmp_path / "importances.json")
+    capsys.readouterr()
+    assert main(["circuit", model, data, "--scores", folder, "--mib", file]) == 0
+    first = capsys.readouterr()
+    assert first.out.split("\n")[0].split() == ["share", "components", "metric", "faithfulness"]
+    assert [line.split()[1] for line in first.out.strip().split("\n")[1:]] == list("0000001") + ["3", "7", "15"]
+    assert (
+        "15 scores and 190 edges" in first.err
+    )  # 8 (1 + 6 + 11) into attention, 5 + 10 + 15 into MLPs, 16 into logits
+    content = json.loads(Path(file).read_text())
+    assert sum(node["in_graph"] for node in content["nodes"].values()) == 3 + 2
+    assert main(["circuit", model, data, "--scores", file]) == 0
+    assert capsys.readouterr().out == first.out
+    assert main(["circuit", model, data, "--scores", folder, "--ablation", "zero", "--rank", "size"]) == 0
+    assert capsys.readouterr().out != first.out
+    assert main(["circuit", model, "--scores", folder]) == 2
+    assert "nothing to do: give DATA to measure faithfulness, or --mib FILE" in capsys.readouterr().err
+    assert main(["circuit", model, "--scores", folder, "--mib", file]) == 2
+    assert "exists already" in capsys.readouterr().err
