@@ -153,10 +153,10 @@ class Scores:
             raise LoceditError(f"{folder}: not a scores folder ({error!r})") from error
 
     def plot(self) -> "Figure":
-        """Heat map, layer by component."""
-        from locedit.report import figures
+        """Heat map, layer by component; for `fact_lookup` the evidence behind its choice."""
+        from locedit.report import evidence, figures
 
-        return figures.scores(self)
+        return evidence.figure(self) if evidence.has_figure(self) else figures.scores(self)
 
     def _repr_html_(self) -> str:
         from locedit.report import fragment

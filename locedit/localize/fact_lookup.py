@@ -279,6 +279,7 @@ def _probe_rows(probed: Probes, found: LookupRange, options: FactLookupOptions) 
     enough = "not known" if found.attention is None else str(found.attention)
     return [
         ("probe range", ends, why),
+        ("probed at", at, "whose curve gives the range"),
         ("peak", f"{found.peak:.3g} after layer {found.peak_layer}", f"chance-corrected accuracy at {at}"),
         ("rise", _or_none(found.rise), f"first layer with {options.rise:g} of the way from the embedding to the peak"),
         ("saturation", _or_none(found.saturation), f"first layer with {options.saturation:g} of the peak"),
