@@ -13,7 +13,7 @@ from locedit.data.encode import encode
 from locedit.data.items import ContrastPair, Dataset, Fact, Task
 from locedit.errors import LoceditError
 from locedit.localize import LOCALIZERS, estimate, localize
-from locedit.localize.similarity import angles, opposition
+from locedit.localize.similarity import opposition, products
 from locedit.models import Model
 from tests import edits, tiny
 
@@ -112,23 +112,23 @@ def test_scores_equal_a_loop_over_vectors(architecture: str, unit: str) -> None:
 def test_angles_by_hand() -> None:
     first = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
     second = torch.tensor([[-2.0, 0.0], [1.0, 0.0], [6.0, 8.0], [1.0, 1.0], [4.0, 3.0]])
-    rows = angles(first, second, axis=0)
+    rows = products(first, second, axis=0)
     (scores,) = opposition([rows])
     torch.testing.assert_close(scores, torch.tensor([1.0, 0.5, 0.0, 0.0, 0.02]))  # cosines -1, 0, 1, none, 24/25
     assert rows.first.tolist() == [1, 2, 5, 0, 5]
     # (1, 0, 3, 0, 3).(-2, 1, 6, 1, 4) = 28, norms sqrt 19 and sqrt 58
     # (0, 2, 4, 0, 4).(0, 0, 8, 1, 3) = 44, norms 6 and sqrt 74
-    (scores,) = opposition([angles(first, second, axis=1)])
+    (scores,) = opposition([products(first, second, axis=1)])
     expected = [(1 - 28 / (19 * 58) ** 0.5) / 2, (1 - 44 / (6 * 74**0.5)) / 2]
     assert scores.tolist() == pytest.approx(expected, abs=1e-6)
-    (scores,) = opposition([angles(first[2], second[4], axis=None)])
+    (scores,) = opposition([products(first[2], second[4], axis=None)])
     assert scores.tolist() == pytest.approx([0.02], abs=1e-6)
 
 
 def test_rounding_error_is_no_direction() -> None:
     large, noise = torch.tensor([[3.0, 4.0]]), torch.tensor([[3e-9, -1e-9]])
-    assert opposition([angles(noise, -noise, axis=0)])[0].item() == pytest.approx(1)
-    beside = opposition([angles(large, -large, axis=0), angles(noise, -noise, axis=0)])
+    assert opposition([products(noise, -noise, axis=0)])[0].item() == pytest.approx(1)
+    beside = opposition([products(large, -large, axis=0), products(noise, -noise, axis=0)])
     assert [part.item() for part in beside] == pytest.approx([1, 0])
 
 

@@ -31,7 +31,7 @@ from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
 from locedit.errors import LoceditError
 from locedit.localize.budget import BatchOptions
-from locedit.localize.similarity import Angles, angles, opposition
+from locedit.localize.similarity import Products, opposition, products
 from locedit.models import Model
 from locedit.scores import Scores, Table
 
@@ -92,8 +92,7 @@ def pcgu(model: Model, task: Task, options: PcguOptions) -> Scores:
     items: dict[str, tuple[float, float]] = {}
     groups = _groups(pairs, options)
     for group in progress.track(groups, "pcgu"):
-        found = _angles(sites, *gradients(model, sites, group, options, items=items))
-        for name, score in zip(found, opposition(list(found.values())), strict=True):
+        for name, score in scored(sites, *gradients(model, sites, group, options, items=items)).items():
             values[name] += score / len(groups)
             compared[name] += score > 0
     return Scores(
@@ -176,15 +175,15 @@ def _signs(
     return -up, up
 
 
-def _angles(sites: dict[str, Site], advantaged: Gradients, disadvantaged: Gradients) -> dict[str, Angles]:
-    """The two gradients of every site that has both, vector by vector; they are let go one parameter at a time."""
-    found: dict[str, Angles] = {}
+def scored(sites: dict[str, Site], advantaged: Gradients, disadvantaged: Gradients) -> dict[str, Tensor]:
+    """(1 - cosine) / 2 of the vectors of every site with both gradients; those are let go one parameter at a time."""
+    found: dict[str, Products] = {}
     for name, site in sites.items():
         (piece,) = site.slices
         first, second = advantaged.pop(piece.param, None), disadvantaged.pop(piece.param, None)
         if first is not None and second is not None:
-            found[name] = angles(first, second, axis=piece.axis)
-    return found
+            found[name] = products(first, second, axis=piece.axis)
+    return dict(zip(found, opposition(list(found.values())), strict=True))
 
 
 def _items(pairs: Sequence[Contrast], values: dict[str, tuple[float, float]], options: PcguOptions) -> Table:

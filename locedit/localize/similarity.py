@@ -12,38 +12,43 @@ from jaxtyping import Float
 from torch import Tensor
 
 ROUNDING = torch.finfo(torch.float32).eps
-"a gradient whose norm is at most this share of the largest vector's is rounding error, not a direction"
+"a gradient whose norm is at most this share of the longest vector's is rounding error, not a direction"
 
 
-class Angles(NamedTuple):
-    """The two gradients of one parameter, vector by vector."""
+class Products(NamedTuple):
+    """The inner products of two gradients of one parameter with each other and with themselves, vector by vector."""
 
-    score: Float[Tensor, " vector"]
-    "(1 - cosine) / 2: 0 = same direction, 0.5 = at right angles, 1 = opposite"
+    both: Float[Tensor, " vector"]
     first: Float[Tensor, " vector"]
     "norm of the first gradient"
     second: Float[Tensor, " vector"]
 
 
-def angles(first: Float[Tensor, "..."], second: Float[Tensor, "..."], *, axis: int | None) -> Angles:
-    """One operation over the parameter, in the wider of float32 and the gradients' dtype; results on the CPU."""
+def products(first: Float[Tensor, "..."], second: Float[Tensor, "..."], *, axis: int | None) -> Products:
+    """A few operations over the parameter, in the wider of float32 and the gradients' dtype."""
     dtype = torch.promote_types(first.dtype, torch.float32)
     a, b = first.to(dtype), second.to(dtype)
     rest = tuple(d for d in range(a.ndim) if d != axis)
-    product, first_square, second_square = ((x * y).sum(rest).reshape(-1).cpu() for x, y in ((a, b), (a, a), (b, b)))
-    lengths = first_square.sqrt(), second_square.sqrt()
-    cosine = product / (lengths[0] * lengths[1]).clamp_min(torch.finfo(dtype).tiny)
-    return Angles((1 - cosine.clamp(-1, 1)) / 2, *lengths)
+    return Products((a * b).sum(rest).view(-1), _norm(a, rest), _norm(b, rest))
 
 
-def opposition(found: Sequence[Angles]) -> list[Float[Tensor, " vector"]]:
-    """The scores of each parameter, 0 where a vector has no gradient on one of the sides.
+def _norm(vectors: Tensor, rest: tuple[int, ...]) -> Float[Tensor, " vector"]:
+    """Euclidean, over the axes `rest`; the library's own is fast only where the vectors are contiguous."""
+    if rest and rest[-1] == vectors.ndim - 1:
+        return torch.linalg.vector_norm(vectors, dim=rest).view(-1)
+    return (vectors * vectors).sum(rest).sqrt().view(-1)
 
-    Neither is one a direction that is `ROUNDING` of the longest vector of its side in any parameter: the key bias of
-    an attention layer, which shifts all its logits alike, has an exact gradient of 0 and a computed one of 1e-9.
+
+def opposition(found: Sequence[Products]) -> list[Float[Tensor, " vector"]]:
+    """(1 - cosine) / 2 of the vectors of each parameter, on the CPU: 0 = same direction, 0.5 = at right angles, 1 =
+    opposite; 0 too where a vector has no gradient on one of the sides.
+
+    What is at most `ROUNDING` of the longest vector of its side in any parameter is no gradient: the key bias of an
+    attention layer, which shifts all its logits alike, has an exact gradient of 0 and a computed one of 1e-9.
     """
-    floors = [ROUNDING * max((float(part[side].max()) for part in found), default=0.0) for side in (1, 2)]
-    return [
-        torch.where((part.first > floors[0]) & (part.second > floors[1]), part.score, torch.zeros_like(part.score))
-        for part in found
-    ]
+    if not found:
+        return []
+    both, first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
+    pointing = (first > ROUNDING * first.max()) & (second > ROUNDING * second.max())
+    cosine = torch.where(pointing, both / (first * second), 1.0).clamp(-1, 1)
+    return list(((1 - cosine) / 2).split([len(part.both) for part in found]))

@@ -27,7 +27,7 @@ from locedit.edit.objective import Step
 from locedit.edit.regions import Region, regions
 from locedit.edit.restrict import Deltas
 from locedit.errors import LoceditError
-from locedit.localize.similarity import angles, opposition
+from locedit.localize.similarity import opposition, products
 from locedit.models import Model
 from locedit.unlearn.registry import RetainOptions, retain_terms
 
@@ -111,7 +111,7 @@ def _chosen(step: Step, advantaged: Tensor, disadvantaged: Tensor, options: Pcgu
     axes = _axes(step.model, held.regions, options)
     first, second = (_gradients(side, held.parameters) for side in (advantaged, disadvantaged))
     compared = {
-        at: angles(g, h, axis=axes[at])
+        at: products(g, h, axis=axes[at])
         for at, (g, h) in enumerate(zip(first, second, strict=True))
         if g is not None and h is not None
     }
