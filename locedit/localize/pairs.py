@@ -16,7 +16,16 @@ from locedit.data.items import Dataset, Fact, PatchPair, Task
 from locedit.errors import LoceditError
 from locedit.localize.noise import noise_of
 from locedit.localize.pair import (
-    Corrupt, Metric, Pair, PairBatch, PairOptions, Tokens, batch_of, batches_of, measured, metric,
+    Corrupt,
+    Metric,
+    Pair,
+    PairBatch,
+    PairOptions,
+    Tokens,
+    batch_of,
+    batches_of,
+    measured,
+    metric,
 )  # fmt: skip
 from locedit.localize.swap import partners
 from locedit.models import Model

@@ -38,7 +38,11 @@ def partners(
     subject. Its answer is another, the fact's answer is not true of its subject too, and its subject fits. A fact
     without a partner is an error, or None where such facts are skipped.
     """
-    waiting = {i: _candidates(fact, facts, others, seed=seed) for i, fact in enumerate(facts)}
+    last, first = _by_relation(others), _by_relation(facts)
+    waiting: dict[int, list[Fact]] = {}
+    for i, fact in enumerate(facts):
+        relation = _relation(fact)
+        waiting[i] = _candidates(fact, last.get(relation, []), first.get(relation, []), seed=seed)
     asked = {i: len(candidates) for i, candidates in waiting.items()}
     found: dict[int, Swap] = {}
     while waiting := {i: candidates for i, candidates in waiting.items() if i not in found}:
@@ -57,20 +61,22 @@ def partners(
     return [found.get(i) for i in range(len(facts))]
 
 
-def _candidates(fact: Fact, facts: Sequence[Fact], others: Sequence[Fact], *, seed: int) -> list[Fact]:
-    """Possible partners, to be taken from the end: those of `facts` shuffled, then those of `others`."""
-    found: list[Fact] = []
-    for pool in (others, facts):
-        part = _possible(fact, pool, [*facts, *others])
-        random.Random(f"{seed}/{fact.id}").shuffle(part)
-        found += part
+def _by_relation(facts: Sequence[Fact]) -> dict[tuple[str, str], list[Fact]]:
+    found: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        found.setdefault(_relation(fact), []).append(fact)
     return found
 
 
-def _possible(fact: Fact, pool: Sequence[Fact], everything: Sequence[Fact]) -> list[Fact]:
-    relation = _relation(fact)
-    alike = {other.subject for other in everything if _relation(other) == relation and _same_answer(fact, other)}
-    return [other for other in pool if other.subject and other.subject not in alike and _relation(other) == relation]
+def _candidates(fact: Fact, *pools: Sequence[Fact], seed: int) -> list[Fact]:
+    """Possible partners of the fact's relation, to be taken from the end: each pool shuffled, the last one first."""
+    alike = {other.subject for pool in pools for other in pool if _same_answer(fact, other)}
+    found: list[Fact] = []
+    for pool in pools:
+        part = [other for other in pool if other.subject and other.subject not in alike]
+        random.Random(f"{seed}/{fact.id}").shuffle(part)
+        found += part
+    return found
 
 
 def _relation(fact: Fact) -> tuple[str, str]:
