@@ -281,14 +281,14 @@ class ComponentSet:
         by_param: dict[str, list[Touched]] = {}
         for touched in self.touched(role):
             by_param.setdefault(touched.param, []).append(touched)
-        return sum(_covered(parts) for parts in by_param.values())
+        return sum(covered(parts) for parts in by_param.values())
 
     def parameter_mask(self, role: SlicesFor = "train") -> dict[str, Tensor]:
         """Parameter name -> bool mask in the parameter's shape, for every parameter the set touches."""
         by_param: dict[str, list[Touched]] = {}
         for touched in self.touched(role):
             by_param.setdefault(touched.param, []).append(touched)
-        return {param: _union_mask(parts) for param, parts in by_param.items()}
+        return {param: union_mask(parts) for param, parts in by_param.items()}
 
     def as_weights(self) -> "ComponentSet":
         """The same set as single weights, `<parameter>:weight`, by the slices that training acts on."""
@@ -482,16 +482,18 @@ def _region_components(site: Site, piece: Slice) -> int:
     return site.count // (piece.entry * piece.width)
 
 
-def _covered(parts: list[Touched]) -> int:
+def covered(parts: list[Touched]) -> int:
+    """How many entries of one parameter the parts touch together."""
     if len(parts) == 1:
         only = parts[0]
         if only.index is None:
             return int(np.prod(only.shape))
         return len(only.index) * (1 if only.axis is None else int(np.prod(only.shape)) // only.shape[only.axis])
-    return int(_union_mask(parts).sum())
+    return int(union_mask(parts).sum())
 
 
-def _union_mask(parts: list[Touched]) -> Tensor:
+def union_mask(parts: list[Touched]) -> Tensor:
+    """The entries of one parameter that any of the parts touches, bool, in its shape."""
     mask = torch.zeros(parts[0].shape, dtype=torch.bool)
     for part in parts:
         if part.index is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from locedit.agreement import Agreement
 from locedit.components import ComponentSet
 from locedit.errors import LoceditError
 from locedit.provenance import Provenance
@@ -25,6 +26,17 @@ class RunResults:
     edit_summary: dict[str, Any] | None = None
     evaluation: Evaluation | None = None
     comparison: Comparison | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def named_scores(self) -> dict[str, Scores]:
+        """The scores by method; a second run of one method has its number added."""
+        named: dict[str, Scores] = {}
+        for scores in self.scores:
+            name = scores.provenance.method if scores.provenance else "scores"
+            again = sum(other == name or other.startswith(f"{name} (") for other in named)
+            named[f"{name} ({again + 1})" if again else name] = scores
+        return named
 
     @property
     def edit(self) -> dict[str, Any] | None:
@@ -112,6 +124,7 @@ def read_run(folder: str | Path) -> RunResults:
         edit_summary=_edit_summary(edit) if edit.exists() else None,
         evaluation=Evaluation.load(evaluation) if evaluation else None,
         comparison=Comparison.load(comparison) if comparison else None,
+        agreement=Agreement.load(agreed) if (agreed := path / "localize" / "agreement.json").exists() else None,
     )
     if run == RunResults(name=path.name):
         raise LoceditError(f"{folder}: holds no results (components.json, localize/, edit/, evaluation, comparison)")

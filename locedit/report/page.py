@@ -11,7 +11,7 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from locedit.components import UNITS, Unit
-from locedit.report import captions, evidence, figures, tables, words
+from locedit.report import agreement, captions, evidence, figures, tables, words
 from locedit.report.inputs import RunResults
 from locedit.report.numbers import PLURALS
 from locedit.report.side_by_side import side_by_side
@@ -153,8 +153,9 @@ def _models(runs: Sequence[RunResults]) -> list[str]:
 
 
 def _run_view(run: RunResults, anchor: str) -> RunView:
-    makers = (_done, _scores, _components, _tradeoff, _attacks, _measures, _examples, _settings)
-    sections = [maker(run, f"{anchor}-{maker.__name__.strip('_')}") for maker in makers]
+    makers = (_done, _scores, _agreement, _components, _tradeoff, _attacks, _measures, _examples, _settings)
+    made = [maker(run, f"{anchor}-{maker.__name__.strip('_')}") for maker in makers]
+    sections = [section for section in made if section is not None]
     return RunView(name=run.name, anchor=anchor, verdict=words.verdict(run), sections=sections)
 
 
@@ -183,6 +184,19 @@ def _scores(run: RunResults, anchor: str) -> Section:
 def _of_unit(scores: Scores, unit: Unit) -> Scores:
     """The scores of one unit."""
     return replace(scores, values={name: v for name, v in scores.values.items() if scores.sites[name].unit == unit})
+
+
+def _agreement(run: RunResults, anchor: str) -> Section | None:
+    """Nothing for a run with one localizer."""
+    found = agreement.of_run(run)
+    if found is None:
+        return None
+    drawn = [
+        _view(agreement.overlap(found), agreement.overlap_caption(found), title="Overlap of the sets", kind="heat"),
+        _view(agreement.ranks(found), agreement.rank_caption(found), title="Rank correlation", kind="heat"),
+    ]
+    steps, listed = list(agreement.strongest(found)), [agreement.sizes(found)]
+    return Section(title="Do the localizers agree?", anchor=anchor, steps=steps, figures=drawn, tables=listed)
 
 
 def _components(run: RunResults, anchor: str) -> Section:
