@@ -1,5 +1,6 @@
 """Fisher information against one backward pass for each example, torch.func, closed forms and numbers by hand."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from locedit.components import ComponentSet
 from locedit.data.encode import Batch, Example, Span, collate, encode
-from locedit.data.items import Dataset, Fact, Task, TokenText
+from locedit.data.items import Dataset, Fact, PrivateText, Task, TokenText
 from locedit.errors import LoceditError
 from locedit.localize import estimate, localize
 from locedit.localize.information import FisherOptions, Information, _sampled, information
@@ -543,3 +544,23 @@ def test_it_runs_where_gradients_are_off(model: Model) -> None:
     outside = localize(model, FACTS, "fisher")
     for name, value in outside.values.items():
         torch.testing.assert_close(inside.values[name], value)
+
+
+STORIES = Path(os.environ.get("LOCEDIT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "stories260K"
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the story model is not there")
+def test_the_weights_of_a_real_model_are_selected_and_saved(tmp_path: Path) -> None:
+    """The best hundredth of its 260,032 weights holds far more of the information than a hundredth."""
+    model = load(STORIES, device="cpu")
+    text = "Once upon a time, there was a little girl named Lily. She lived at 12 Rose Street with her mom."
+    private = PrivateText(text=text, spans=((text.index("12 Rose"), text.index(" with"), "address"),), id="lily")
+    scores = localize(model, [private], "fisher", unit="weight")
+    chosen = scores.select(fraction=0.01)
+    assert len(chosen) == 2600
+    assert len(scores.select(top=1000) & chosen) == 1000
+    chosen.save(tmp_path / "set.json")
+    assert ComponentSet.load(tmp_path / "set.json") == chosen
+    total = sum(float(value.sum()) for value in scores.values.values())
+    held = sum(float(scores.values[name][mask].sum()) for name, mask in chosen.masks.items())
+    assert held > 0.2 * total
