@@ -178,7 +178,9 @@ def _lab(commands: Commands) -> None:  # type: ignore[type-arg]
         "make a small world and train a model on it",
         "Writes model/, facts/, private/ and bias/ as ordinary files.",
     )
-    parser.add_argument("world", nargs="?", default="facts", help="facts, private or bias; all are written (default facts)")
+    parser.add_argument(
+        "world", nargs="?", default="facts", help="facts, private or bias; all are written (default facts)"
+    )
     parser.add_argument("--arch", default="gpt2", help="gpt2, llama, neox or bert (default gpt2)")
     parser.add_argument("--size", default="small", help="small (minutes) or tiny (ten seconds)")
     parser.add_argument("--seed", type=int, default=0)
@@ -189,17 +191,29 @@ def _localize(commands: Commands) -> None:  # type: ignore[type-arg]
     parser = _command(commands, "localize", "score components by how much they matter for the data", METHOD_OPTIONS)
     _model_and_data(parser)
     parser.add_argument(
-        "--method", default="depn", metavar="NAME[,NAME]", help="localizers, see `locedit methods` (default depn)"
+        "--method",
+        default="depn",
+        metavar="NAME[,NAME]",
+        help="localizers, see `locedit methods` (default depn); the first one's set becomes components.json",
     )
     budget = parser.add_argument_group("which components to keep (one of)")
     budget.add_argument("--top", type=int, metavar="K", help="the K best")
     budget.add_argument("--fraction", type=float, metavar="F", help="this share of all")
-    budget.add_argument("--params", type=int, metavar="N", help="the best that hold at most N parameters")
+    budget.add_argument("--params", type=int, metavar="N", help="the best that hold N parameters; see --fill")
+    budget.add_argument(
+        "--params-like", metavar="FILE", help="the best that hold as many parameters as this components.json"
+    )
     budget.add_argument(
         "--threshold", type=float, metavar="T", help="those with at least this share of the largest score"
     )
     budget.add_argument(
         "--shared", type=float, metavar="S", help="those above the method's threshold in this share of the examples"
+    )
+    parser.add_argument(
+        "--fill",
+        metavar="under|reach",
+        help="with --params: stop before the budget is passed, or when it is reached or passed "
+        "(default under, for several methods and --params-like reach)",
     )
     parser.add_argument("--sign", default="positive", help="positive, negative or absolute (default positive)")
     parser.add_argument("--minus", metavar="FILE", help="control prompts whose scores are subtracted")

@@ -48,20 +48,29 @@ class Run:
 
         Raises LoceditError when the folder holds a result made from something else and `force` is off.
         """
-        folder, wanted = self.folder / name, read_back(key)
-        if not self.force and (folder / "stage.json").exists():
-            if (there := read_json(folder / "stage.json")) == wanted:
-                on_reuse(str(folder))
-                return load(folder)
-            raise LoceditError(
-                f"{folder} was made with other settings ({_difference(there, wanted)}); give --force or another --out"
-            )
-        refuse_overwrite(folder, force=self.force)
+        folder = self.folder / name
+        if self.has(name, key):
+            on_reuse(str(folder))
+            return load(folder)
         result = make()
         with atomic_folder(folder, force=True) as temporary:
             save(result, temporary)
-            write_json(temporary / "stage.json", wanted)
+            write_json(temporary / "stage.json", read_back(key))
         return result
+
+    def has(self, name: str, key: dict[str, Any]) -> bool:
+        """Whether a stage is there, made from the same `key`; one made from another is an error without `force`."""
+        folder, wanted = self.folder / name, read_back(key)
+        if self.force:
+            return False
+        if not (folder / "stage.json").exists():
+            refuse_overwrite(folder, force=False)
+            return False
+        if (there := read_json(folder / "stage.json")) == wanted:
+            return True
+        raise LoceditError(
+            f"{folder} was made with other settings ({_difference(there, wanted)}); give --force or another --out"
+        )
 
     def write_once(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the run; the same content again is fine, another needs `force`."""

@@ -299,6 +299,80 @@ def test_an_export_that_does_not_fit_on_the_disk(
     assert not [place for place in tmp_path.iterdir() if "edited" in place.name]
 
 
+def test_several_localizers_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each gets its folder and a set with about as many parameters; what they share is printed, saved and drawn."""
+    out, data = tmp_path / "a", (folder / "model", folder / "task")
+    names = ("activation", "random", "all_mlps")
+    words = ("localize", *data, "--method", ",".join(names), "--out", out)
+    assert run(*words, "--params", 3000) == 0
+    shown = capsys.readouterr()
+    rows = {line.split()[0]: line for line in shown.out.splitlines() if line.split()[0] in names}
+    assert set(rows) == set(names)
+    for name in names:
+        record = json.loads((out / "localize" / name / "components.json").read_text())
+        chosen = record["provenance"]["settings"]["select"]
+        assert (chosen["params"], chosen["fill"]) == (3000, "reach")
+        assert chosen["overshoot"] == chosen["parameters"] - 3000 >= 0
+        assert f"{chosen['overshoot']:+,}" in rows[name]
+        assert f"{name}: 2 items, about" in shown.err
+    assert json.loads((out / "components.json").read_text())["provenance"]["method"] == "activation"
+    agreement = json.loads((out / "localize" / "agreement.json").read_text())
+    assert agreement["methods"] == list(names)
+    assert "fill = reach" in agreement["rule"]
+    assert run("report", out, "--out", tmp_path / "page.html") == 0
+    assert "Do the localizers agree?" in (tmp_path / "page.html").read_text()
+    like = ("--params-like", out / "localize" / "all_mlps" / "components.json")
+    assert run("localize", *data, "--method", "magnitude", *like, "--out", tmp_path / "b") == 0
+    assert "the budget of" in capsys.readouterr().err
+    mlps, neurons = (
+        json.loads(path.read_text())["provenance"]["settings"]["select"]["parameters"]
+        for path in (out / "localize" / "all_mlps" / "components.json", tmp_path / "b" / "components.json")
+    )
+    assert mlps <= neurons < 1.05 * mlps
+
+
+def test_what_cannot_run_is_said_before_anything_runs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = ("localize", folder / "model", folder / "facts.jsonl", "--out", tmp_path / "o")
+    line = failed(capsys, *facts, "--method", "activation,pcgu,learned_mask")
+    assert "2 of 3 methods cannot run" in line
+    assert "pcgu needs items of kind ContrastPair" in line
+    assert "learned_mask needs 'retain' data" in line
+    assert not (tmp_path / "o").exists()
+    for words, expected in (
+        (("--method", ","), "names no method"),
+        (("--method", "activation", "--top", 3, "--fill", "reach"), "--fill goes with --params"),
+        (("--method", "activation", "--params", 300, "--fill", "over"), "'over'"),
+        (("--method", "activation", "--top", 3, "--params-like", "none.json"), "one budget"),
+        (("--method", "activation", "--params-like", "none.json"), "none.json"),
+        (("--method", "random", "--like", "none.json"), "none.json"),
+    ):
+        assert expected in failed(capsys, *facts, *words)
+
+
+def test_pairs_go_through_the_command_line(folder: Path, tmp_path: Path) -> None:
+    """Contrast and patching pairs are read as the data, or as the pairs of a task."""
+    contrast = [{"advantaged": "The baker is Anna.", "disadvantaged": "The baker was Anna."}]
+    patch = [
+        {"clean": "Anna Berg was born in", "corrupt": "Eva Frost was born in", "answer": " Oslo", "wrong": " Lima"}
+    ]
+    for name, rows, method in (("contrast", contrast, "pcgu"), ("patch", patch, "attribution_patching")):
+        path = write_lines(tmp_path / f"{name}.jsonl", rows)
+        words = ("--method", method, "--top", 2, "--sign", "absolute")
+        assert run("localize", folder / "model", path, *words, "--out", tmp_path / name) == 0
+        task = tmp_path / f"task_{name}"
+        task.mkdir()
+        write_lines(task / "forget.jsonl", FACTS)
+        write_lines(task / "pairs.jsonl", rows)
+        assert run("localize", folder / "model", task, *words, "--out", tmp_path / f"{name}_task") == 0
+        records = [
+            json.loads((tmp_path / out / "localize" / method / "scores.json").read_text())
+            for out in (name, f"{name}_task")
+        ]
+        assert records[0]["provenance"]["data"] == records[1]["provenance"]["data"]
+
+
 def test_debug_shows_the_traceback(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none.jsonl"):
         run("localize", folder / "model", "none.jsonl", "--debug", "--out", tmp_path / "o")

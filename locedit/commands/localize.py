@@ -1,72 +1,136 @@
-"""`locedit localize`: score, save, and choose."""
+"""`locedit localize`: check, estimate, score, save, choose, and say how far several methods agree."""
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from locedit.agreement import Agreement, agreement
 from locedit.commands.inputs import about, duration, key, reused, start
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task, read_task
 from locedit.errors import LoceditError
+from locedit.matching import overshoot
 from locedit.models import Model
 from locedit.registries import localizers, method_options
 from locedit.runs import Run
 from locedit.select import BUDGETS, check_budget
-from locedit.terminal import note
+from locedit.terminal import note, table
+
+Options = dict[str, dict[str, Any]]
+"method -> its options"
 
 
 def localize_command(args: argparse.Namespace) -> None:
-    """Score, save, and select when a budget is given."""
-    names = [name.strip() for name in args.method.split(",") if name.strip()]
+    """Everything that can be wrong with any method is said before the first one runs."""
+    names = list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
+    if not names:
+        raise LoceditError(f"--method {args.method!r} names no method; see `locedit methods`")
     options = {name: method_options(localizers(), name, args.extra, several=names) for name in names}
-    budget = {name: getattr(args, name) for name in BUDGETS if getattr(args, name) is not None}
+    budget = _budget(args, several=len(names) > 1)
+    run_folder, model, task = start(args)
+    _estimate(run_folder, model, task, options)
+    scores = {name: _scored(run_folder, model, task, name, options[name]) for name in names}
+    sets = _chosen(args, model, scores, options, budget)
+    run_folder.write_once("run.json", about(args, model))
+    if sets:
+        _refuse_other_set(run_folder, sets[names[0]])
+    for name in names:
+        _say_scores(run_folder.folder / "localize" / name, scores[name])
+        if name in sets:
+            sets[name].save(run_folder.folder / "localize" / name / "components.json")
+    if len(names) > 1:
+        _compare(run_folder, scores, sets, rule=_words(budget, args.sign))
+    if sets:
+        _save_set(run_folder, sets[names[0]], by=names[0])
+
+
+# --- the budget ------------------------------------------------------------------------------------------------------
+
+
+def _budget(args: argparse.Namespace, *, several: bool) -> dict[str, Any]:
+    """The options of `select`; empty = no set is chosen."""
+    budget: dict[str, Any] = {name: getattr(args, name) for name in BUDGETS if getattr(args, name) is not None}
+    if args.params_like:
+        if budget.keys() - {"shared"}:
+            raise LoceditError(f"give one budget: --params-like or --{next(iter(budget))}")
+        budget["params"] = ComponentSet.load(args.params_like).parameters()
+    if "params" in budget:
+        budget["fill"] = args.fill or ("reach" if several or args.params_like else "under")
+    elif args.fill:
+        raise LoceditError("--fill goes with --params or --params-like")
     if budget:
         check_budget(**budget, sign=args.sign)
     elif args.minus:
         raise LoceditError(f"--minus needs a budget as well: one of {', '.join('--' + b for b in BUDGETS)}")
-    run_folder, model, task = start(args)
-    found: list[tuple[Scores, ComponentSet | None]] = []
-    for name in names:
-        scores = _scored(run_folder, model, task, name, options[name])
+    return budget
+
+
+def _words(budget: Mapping[str, Any], sign: str) -> str:
+    """The rule of the choice for the record; empty where none was asked for."""
+    if not budget:
+        return ""
+    given = [f"{name} = {value:,}" if isinstance(value, int) else f"{name} = {value}" for name, value in budget.items()]
+    return ", ".join([*given, f"sign = {sign}"])
+
+
+def _chosen(
+    args: argparse.Namespace, model: Model, scores: Mapping[str, Scores], options: Options, budget: dict[str, Any]
+) -> dict[str, ComponentSet]:
+    if not budget:
+        return {}
+
+    def choose(name: str) -> ComponentSet:
         control = _control_scores(args, model, name, options[name])
-        chosen = scores.select(**budget, sign=args.sign, minus=control) if budget else None
-        found.append((scores, chosen))
-    run_folder.write_once("run.json", about(args, model))
-    if found[0][1] is not None:
-        _refuse_other_set(run_folder, found[0][1])
-    for name, (scores, chosen) in zip(names, found, strict=True):
-        _say_scores(run_folder.folder / "localize" / name, scores)
-        if chosen is not None:
-            chosen.save(run_folder.folder / "localize" / name / "components.json")
-    if found[0][1] is not None:
-        _save_set(run_folder, found[0][1], by=names[0])
+        return scores[name].select(**budget, sign=args.sign, minus=control)
+
+    return _for_all(scores, choose, "cannot be selected from")
 
 
-def _refuse_other_set(run_folder: Run, chosen: ComponentSet) -> None:
-    """The same set may be in components.json already; another one is not replaced without --force."""
-    path = run_folder.folder / "components.json"
-    if path.exists() and not run_folder.force and ComponentSet.load(path) != chosen:
-        raise LoceditError(f"{path} holds another set; give --force or another --out")
+# --- all methods, checked first --------------------------------------------------------------------------------------
 
 
-def _save_set(run_folder: Run, chosen: ComponentSet, *, by: str) -> None:
-    path = run_folder.folder / "components.json"
-    chosen.save(path)
-    note(f"{path}: {chosen}, by {by}")
+def _for_all(names: Mapping[str, Any] | Sequence[str], act: Callable[[str], Any], what: str) -> dict[str, Any]:
+    """What `act` gives for each method; where several are asked for, one error says what is wrong with each."""
+    found: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = act(name)
+        except LoceditError as error:
+            if len(names) == 1:
+                raise
+            wrong[name] = str(error)
+    if wrong:
+        told = "; ".join(text if name in text else f"{name}: {text}" for name, text in wrong.items())
+        raise LoceditError(f"{len(wrong)} of {len(names)} methods {what}: {told}")
+    return found
+
+
+def _estimate(run_folder: Run, model: Model, task: Task, options: Options) -> None:
+    """Whether every method can run on this model and data, and what those that are not there yet will take."""
+    from locedit.localize import estimate, prepare
+
+    items = {name: len(made[0].reads(made[1])[1]) for name, made in _for_all(
+        options, lambda name: prepare(model, task, name, **options[name]), "cannot run"
+    ).items()}  # fmt: skip
+    there = _for_all(options, lambda name: run_folder.has(*_stage(model, task, name, options[name])), "cannot run")
+    todo = [name for name in options if not there[name]]
+    costs = _for_all(todo, lambda name: estimate(model, task, name, **options[name]), "cannot run")
+    for name, (seconds, size) in costs.items():
+        note(f"{name}: {items[name]} items, about {duration(seconds)} and {size / 2**30:.2f} GiB beside the model")
+
+
+def _stage(model: Model, task: Task, name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return f"localize/{name}", key(model, task, method=name, options=options)
 
 
 def _scored(run_folder: Run, model: Model, task: Task, name: str, options: dict[str, Any]) -> Scores:
-    from locedit.localize import estimate, localize
-
-    def make() -> Scores:
-        seconds, size = estimate(model, task, name, **options)
-        note(f"{name}: {len(task.forget)} items, about {duration(seconds)} and {size / 2**30:.2f} GiB beside the model")
-        return localize(model, task, name, **options)
+    from locedit.localize import localize
 
     return run_folder.stage(
-        f"localize/{name}",
-        key(model, task, method=name, options=options),
-        make,
+        *_stage(model, task, name, options),
+        lambda: localize(model, task, name, **options),
         save=lambda scores, folder: scores.save(folder),
         load=Scores.load,
         on_reuse=reused,
@@ -82,11 +146,53 @@ def _control_scores(args: argparse.Namespace, model: Model, name: str, options: 
     return localize(model, control.with_chat(args.chat) if args.chat != "off" else control, name, **options)
 
 
+# --- what is written and said ----------------------------------------------------------------------------------------
+
+
+def _refuse_other_set(run_folder: Run, chosen: ComponentSet) -> None:
+    """The same set may be in components.json already; another one is not replaced without --force."""
+    path = run_folder.folder / "components.json"
+    if path.exists() and not run_folder.force and ComponentSet.load(path) != chosen:
+        raise LoceditError(f"{path} holds another set; give --force or another --out")
+
+
+def _save_set(run_folder: Run, chosen: ComponentSet, *, by: str) -> None:
+    path = run_folder.folder / "components.json"
+    chosen.save(path)
+    beyond = overshoot(chosen)
+    note(f"{path}: {chosen}, by {by}" + (f"; {beyond}" if beyond else ""))
+
+
 def _say_scores(folder: Path, scores: Scores) -> None:
+    from locedit.localize.known import warning
+
     note(f"{folder}: {scores}")
-    known = scores.evidence.get("items", {}).get("known")
-    if known and sum(map(bool, known)) < len(known) / 2:
-        note(
-            f"warning: the model gives the answer to only {sum(map(bool, known))} of {len(known)} items; "
-            "scores of what it does not know mean little"
-        )
+    if line := warning(scores):
+        note(line)
+
+
+def _compare(run_folder: Run, scores: Mapping[str, Scores], sets: Mapping[str, ComponentSet], *, rule: str) -> None:
+    """The summary table, and localize/agreement.json."""
+    path = run_folder.folder / "localize" / "agreement.json"
+    found = agreement(scores, sets or None, rule=rule)
+    found.save(path)
+    if not sets:
+        note(f"no budget was given; the sets that are compared: {found.rule}")
+    first = found.methods[0]
+    head = ("method", "unit", "components", "parameters", "beyond the budget", f"overlap with {first} (by chance)")
+    table((*head, f"rank correlation with {first}"), [_row(found, i) for i in range(len(found.methods))])
+    note(f"{path}: overlap and rank correlation of all pairs; `locedit report` draws them")
+
+
+def _row(found: Agreement, i: int) -> tuple[str, ...]:
+    sets, rank = found.sets, found.rank[i][0]
+    over, budget = sets["overshoot"][i], sets["budget"][i]
+    return (
+        found.methods[i],
+        sets["unit"][i],
+        f"{sets['components'][i]:,} of {sets['of'][i]:,}",
+        f"{sets['parameters'][i]:,}",
+        "-" if over is None else f"{over:+,} ({over / budget:+.1%})",
+        "-" if not i else f"{found.overlap[i][0]:.2f} ({found.chance[i][0]:.2f}) of {found.counted[i][0]}",
+        "-" if not i or rank is None else f"{rank:.2f} over {found.ranked[i][0]}",
+    )
