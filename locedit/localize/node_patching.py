@@ -1,8 +1,8 @@
 """Runs with components replaced: many patches of many items in one forward pass.
 
 The *base* run is what is patched, the *source* run is where the values come from. A pass has one row for every item and
-patch, and one row an item with no patch, so that effects are differences within one pass. Below the first block that
-any of its patches changes, all rows of an item are the same and only one is computed.
+patch, and one row an item with no patch, so that effects are differences within one pass. The row of a patch begins at
+the first block that the patch changes, as a copy of the row with no patch, with which it is the same below.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +58,7 @@ def effects(
 ) -> Float[Tensor, "batch patch"]:
     """Metric of the base run with each patch alone, minus that of the base run; on the CPU.
 
-    Patches of neighbouring layers go into one pass of about `rows` rows; their order does not matter.
+    Patches of neighbouring layers go into one pass of about `rows` rows; in any order.
     """
     order = sorted(range(len(patches)), key=lambda number: patches[number].layer)
     found = torch.zeros(len(batch), len(patches), dtype=torch.float64)
@@ -85,52 +85,60 @@ def _pass(
     *,
     kind: Metric,
 ) -> Float[Tensor, "batch patch"]:
-    """One forward pass; the last row of every item is not patched."""
-    copies = len(patches) + 1
-    masks = {point: _mask(patches, where, point, values[point]) for point in points_of(patches)}
-    changes = {point: partial(_patched, values[point], mask) for point, mask in masks.items()}
-    enter = min(patch.layer for patch in patches)
-    many = partial(_many_rows, enter, len(batch), copies)
+    """One forward pass of patches in the order of their layers; rows are copies of the batch, the first not patched."""
+    copies = [1 + sum(patch.layer <= layer for patch in patches) for layer in range(model.n_layers)]
+    changes = {
+        point: partial(_patched, values[point], _mask(patches, where, point, values[point], copies))
+        for point in points_of(patches)
+    }
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_side(model, batch, base))
-        stack.enter_context(tracing.rewrite_blocks(model, many))
+        stack.enter_context(tracing.rewrite_blocks(model, partial(_more_rows, len(batch), copies)))
         stack.enter_context(tracing.hooked(model, changes))
-        logits = model.logits(getattr(batch, base), at=batch.at.repeat_interleave(copies, 0))
-    answer, wrong = (ids.repeat_interleave(copies) for ids in (batch.answer, batch.wrong))
-    found = measured(logits, answer, wrong, kind=kind).unflatten(0, (len(batch), copies))
-    return (found[:, :-1] - found[:, -1:]).cpu().double()
+        logits = model.logits(getattr(batch, base), at=batch.at.repeat(copies[-1], 1))
+    answer, wrong = (ids.repeat(copies[-1]) for ids in (batch.answer, batch.wrong))
+    found = measured(logits, answer, wrong, kind=kind).unflatten(0, (copies[-1], len(batch)))
+    return (found[1:] - found[:1]).T.cpu().double()
 
 
-def _many_rows(enter: int, rows: int, copies: int, layer: int, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """From block `enter` on, repeat everything that a block gets for each row of the batch."""
-    if layer < enter:
-        return None
-    return {name: _repeated(value, rows, copies) for name, value in arguments.items()}
+def _more_rows(rows: int, copies: Sequence[int], layer: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a block is called with: new copies of the first rows, which are not patched, for the patches that begin."""
+    stream = "hidden_states" if "hidden_states" in arguments else next(iter(arguments))
+    hidden = arguments[stream]
+    begin = copies[layer] - hidden.shape[0] // rows
+    changed = {name: _repeated(value, rows, copies[layer]) for name, value in arguments.items() if name != stream}
+    return {stream: torch.cat([hidden, hidden[:rows].repeat(begin, 1, 1)]), **changed}
 
 
 def _repeated(value: Any, rows: int, copies: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_repeated(one, rows, copies) for one in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows:
-        return value.repeat_interleave(copies, 0)
+        return value.repeat(copies, *[1] * (value.ndim - 1))
     return value
 
 
-def _mask(patches: Sequence[Patch], where: Bool[Tensor, "batch patch pos"], point: str, like: Tensor) -> Tensor:
-    """Which entries of the value at a point are replaced, `[batch, copy, pos, ...]`; none in the last copy."""
+def _mask(
+    patches: Sequence[Patch],
+    where: Bool[Tensor, "batch patch pos"],
+    point: str,
+    like: Tensor,
+    copies: Sequence[int],
+) -> Bool[Tensor, "copy batch pos *rest"]:
+    """Which entries of the value at a point are replaced in the copies that there are; none in the first."""
     parts = {"hook_z": (like.shape[2], 1), "hook_post": like.shape[2:]}.get(point.split(".")[-1], (1,))
     batch, _, length = where.shape
-    mask = torch.zeros(batch, len(patches) + 1, length, *parts, dtype=torch.bool)
-    for copy, patch in enumerate(patches):
+    mask = torch.zeros(copies[int(point.split(".")[1])], batch, length, *parts, dtype=torch.bool)
+    for number, patch in enumerate(patches):
         for place in patch.places:
             if place.point == point:
-                one = mask[:, copy, :, place.component or 0]
-                one |= where[:, copy].reshape(one.shape)
+                one = mask[number + 1, :, :, place.component or 0]
+                one |= where[:, number].reshape(one.shape)
     return mask.to(like.device)
 
 
 def _patched(values: Tensor, mask: Tensor, value: Tensor) -> Tensor:
-    """Put the source's values in the place of the masked ones; rows of an item follow each other."""
+    """Put the source's values in the place of the masked ones, in every copy of the batch."""
     apart = value.unflatten(0, mask.shape[:2])
-    return torch.where(mask, values[:, None].to(value), apart).flatten(0, 1)
+    return torch.where(mask, values.to(value), apart).flatten(0, 1)
