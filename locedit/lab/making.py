@@ -19,7 +19,7 @@ from locedit.lab.lookup import lookup
 from locedit.lab.measure import world_report
 from locedit.lab.recipe import Recipe, recipe_for
 from locedit.lab.tokenizer import mask_id, train_tokenizer
-from locedit.lab.training import Kind, Progress, Schedule, encode_rows, train
+from locedit.lab.training import Kind, Progress, Schedule, cut_short, encode_rows, train
 from locedit.lab.world import WORLDS, World, answer_words, make_world, tokenizer_texts
 from locedit.loading import quiet
 from locedit.progress import report as count
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SHARES = {"sentence": (0.65, 0.3), "multiple_choice": (0.15, 0.65), "prose": (0.2, 0.15), "pronoun": (0.25, 0.3)}
 """Kind of text -> its share of the batches in the first and the second half: the choice is learned after the facts."""
+CUT_SHORT = ("sentence", "multiple_choice", "pronoun")
+"""Kinds of text of which a masked model learns both the whole and the part up to what is to be learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +128,12 @@ def _trained(recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, p
     model = build(
         recipe.arch, tokenizer, layers=recipe.layers, d_model=recipe.d_model, heads=recipe.heads, seed=recipe.seed
     )
+    texts = world.training_rows()
+    if mask_id(tokenizer) is not None:
+        texts |= {name: [*texts[name], *cut_short(texts[name])] for name in CUT_SHORT}
     kinds = {
         name: Kind(rows=encode_rows(tokenizer, rows), early=SHARES[name][0], late=SHARES[name][1])
-        for name, rows in world.training_rows().items()
+        for name, rows in texts.items()
     }
     schedule = Schedule(steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, seed=recipe.seed)
     train(model, kinds, schedule=schedule, mask_with=mask_id(tokenizer), progress=progress)

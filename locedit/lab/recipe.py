@@ -12,6 +12,9 @@ from locedit.lab.architectures import ARCHITECTURES, Arch
 VERSION = 2
 """To be raised whenever the code of this package makes another world or model from the same recipe."""
 
+MASKED_STEPS = 2000
+"""Optimizer steps of the small masked model, which learns from the few tokens that are masked."""
+
 Size = Literal["small", "tiny"]
 
 
@@ -85,7 +88,7 @@ def recipe_for(arch: str, *, size: str = "small", seed: int = 0) -> Recipe:
     if size not in ("small", "tiny"):
         raise LoceditError(f"size: unknown size {size!r}; {nearest(size, ('small', 'tiny'))}")
     if size == "small":
-        return Recipe(arch=arch, seed=seed)
+        return Recipe(arch=arch, seed=seed, steps=MASKED_STEPS if arch == "bert" else Recipe.steps)
     return Recipe(
         arch=arch,
         size=size,

@@ -70,6 +70,14 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> tupl
     return tuple(encoded)
 
 
+def cut_short(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the text after their span left out, as a fact's prompt and answer end with the answer.
+
+    A masked model sees what follows a word; trained on whole sentences alone it asks for their end.
+    """
+    return [Row(text=row.text[: row.spans[-1][1]], spans=row.spans) for row in rows if row.spans]
+
+
 def train(
     model: PreTrainedModel,
     kinds: Mapping[str, Kind],
