@@ -1,6 +1,7 @@
 """What a model knows of a task, how one prompt looks to it, and which methods can run at what cost."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from locedit.evaluate.association import associations
 from locedit.evaluate.scoring import token_scores
 from locedit.models import Model
 
+TIMED = 30.0
+"seconds after which no further localizer is timed"
 SCORED = ("forget", "retain", "heldout")
 
 
@@ -61,21 +64,40 @@ def _one_prompt(model: Model, task: Task) -> Iterator[str]:
 
 
 def _methods(model: Model, task: Task) -> Iterator[str]:
-    from locedit.localize import LOCALIZERS, estimate
     from locedit.unlearn import METHODS
 
-    for kind, registry in (("localize", LOCALIZERS), ("edit", METHODS)):
-        ready, missing = _ready(registry, task)
-        yield f"{kind:<8} can run: {', '.join(ready) or 'nothing'}"
-        for name, needs in missing.items():
-            yield f"         {name} needs {needs}"
-    for name in LOCALIZERS:
+    yield from _localizers(model, task)
+    ready, missing = _ready(METHODS, task)
+    yield f"edit     can run: {', '.join(ready) or 'nothing'}"
+    for name, needs in missing.items():
+        yield f"         {name} needs {needs}"
+
+
+def _localizers(model: Model, task: Task) -> Iterator[str]:
+    """Which localizers can run, why the others cannot, and what each costs; times as long as that is quick."""
+    from locedit.localize import LOCALIZERS, memory, prepare, quick_estimate
+
+    sizes: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for name, method in LOCALIZERS.items():
         try:
-            seconds, size = estimate(model, task, name)
+            _, _, settings = prepare(model, task, name)
+            sizes[name] = memory(model, method.reads(task)[1], method, settings)
         except LoceditError as error:
-            yield f"cost     {name}: {error}"
-        else:
-            yield f"cost     {name}: about {seconds:.1f} s, {size / 2**30:.2f} GiB beside the model"
+            refused[name] = str(error)
+    yield f"localize can run: {', '.join(sizes) or 'nothing'}"
+    for name, reason in refused.items():
+        yield f"         {reason if name in reason else f'{name}: {reason}'}"
+    start = time.perf_counter()
+    for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+        line = f"cost     {name}: {size / 2**30:.2f} GiB beside the model"
+        if time.perf_counter() - start > TIMED:
+            yield f"{line}; not timed"
+            continue
+        try:
+            yield f"{line}, about {quick_estimate(model, task, name).seconds:.1f} s"
+        except LoceditError as error:
+            yield f"cost     {name} cannot run: {error}"
 
 
 def _ready(registry: Mapping[str, Any], task: Task) -> tuple[list[str], dict[str, str]]:

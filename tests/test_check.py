@@ -7,8 +7,8 @@ multiplied into another.
 import pytest
 import torch
 
-from locedit.check import knowledge
-from locedit.data import Fact, encode
+from locedit.check import check, knowledge
+from locedit.data import Dataset, Fact, Task, encode
 from locedit.losses import nll_of_examples
 from tests import tiny
 
@@ -24,3 +24,32 @@ def test_knowledge_is_the_mean_over_items_scored_one_at_a_time(architecture: str
     probability, share = knowledge(model, examples)
     assert probability == pytest.approx(float(torch.stack(alone).double().neg().exp().mean()), rel=1e-4)
     assert 0 <= share <= 1
+
+
+def test_it_says_which_localizers_can_run_why_not_and_what_they_cost() -> None:
+    facts = [Fact(prompt="Anna Berg was born in", answer=" Oslo", id="a")]
+    lines = list(check(tiny.model("bert"), Task(forget=Dataset(items=tuple(facts), source="facts.jsonl"))))
+    able = next(line for line in lines if line.startswith("localize can run"))
+    named = able.removeprefix("localize can run: ").split(", ")
+    assert {"depn", "magnitude", "all_mlps", "gradient_activation"} <= set(named)
+    reasons = [line.strip() for line in lines if line.startswith("         ")]
+    for name, reason in (
+        ("learned_mask", "learned_mask needs 'retain' data"),
+        ("pcgu", "pcgu needs items of kind ContrastPair"),
+        ("eap", "eap needs a causal model"),
+    ):
+        assert name not in named
+        assert any(reason in line for line in reasons)
+    costs = [line for line in lines if line.startswith("cost")]
+    assert [line.split()[1].rstrip(":") for line in costs if "cannot" not in line]
+    assert len(costs) == len(named)
+    assert all("GiB" in line or "cannot run" in line for line in costs)
+
+
+def test_timing_stops_when_it_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locedit.check.TIMED", -1.0)
+    facts = [Fact(prompt="Anna Berg was born in", answer=" Oslo", id="a")]
+    lines = list(check(tiny.model("gpt2"), Task(forget=Dataset(items=tuple(facts), source="facts.jsonl"))))
+    costs = [line for line in lines if line.startswith("cost")]
+    assert len(costs) > 5
+    assert all(line.endswith("GiB beside the model; not timed") for line in costs)
