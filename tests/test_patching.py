@@ -234,6 +234,18 @@ def test_null_control_changes_as_much_in_another_direction() -> None:
         assert cosine.abs().max() < 0.95
 
 
+def test_null_scores_are_compared_with_those_of_the_same_unit() -> None:
+    model = tiny.model("gpt2")
+    null = localize(model, given(), "activation_patching").evidence["null"]
+    scores = localize(model, given(), "activation_patching").values
+    for unit in ("head", "mlp"):
+        rows = [row for row, site in enumerate(null["site"]) if site.endswith(unit)]
+        most = max(null["largest"][row] for row in rows)
+        assert most > 0
+        for row in rows:
+            assert null["above"][row] == sum(score > most for score in scores[null["site"][row]].tolist())
+
+
 # --- attribution ------------------------------------------------------------------------------------------------------
 
 

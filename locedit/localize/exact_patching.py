@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from locedit import progress
+from locedit.components import unit_of
 from locedit.data.encode import Example, Span, encode
 from locedit.data.items import Dataset, Task
 from locedit.errors import LoceditError
@@ -231,15 +232,20 @@ class _Found:
 
 
 def _null_table(values: dict[str, Tensor], null: dict[str, Tensor]) -> Table:
-    """By site: the null scores' mean, standard deviation and largest size, and how many components are above that."""
+    """By site: mean and largest size of the null scores, and how many components stand out.
+
+    `above` counts the components of the site whose score is above the size of every null score of their unit.
+    """
     largest = {site: float(scores.abs().max()) for site, scores in null.items()}
+    of_unit: dict[str, float] = {}
+    for site, size in largest.items():
+        of_unit[unit_of(site)] = max(size, of_unit.get(unit_of(site), 0.0))
     return {
         "site": list(null),
         "components": [len(scores) for scores in null.values()],
         "mean": [float(scores.mean()) for scores in null.values()],
-        "deviation": [float(scores.std(correction=0)) for scores in null.values()],
         "largest": list(largest.values()),
-        "above": [int((values[site].abs() > largest[site]).sum()) for site in null],
+        "above": [int((values[site] > of_unit[unit_of(site)]).sum()) for site in null],
     }
 
 
