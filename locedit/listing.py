@@ -27,13 +27,14 @@ def methods_command(args: argparse.Namespace) -> None:
 
 
 def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
-    for group, entries in groups.items():
-        if name in entries:
-            entry = entries[name]
-            sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
-            sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n\n")
-            table(("option", "type", "default", "meaning"), describe(entry.options) if entry.options else [])
-            return
+    found = {group: entries[name] for group, entries in groups.items() if name in entries}
+    for number, (group, entry) in enumerate(found.items()):  # a localizer and a method may have one name
+        sys.stdout.write("\n" if number else "")
+        sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
+        sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n\n")
+        table(("option", "type", "default", "meaning"), describe(entry.options) if entry.options else [])
+    if found:
+        return
     known = [n for entries in groups.values() for n in entries]
     raise LoceditError(f"unknown method {name!r}; {nearest(name, known)}")
 
