@@ -18,7 +18,7 @@ from locedit.grading.units import flat
 from locedit.grading.worlds import Target
 from locedit.models import Model
 
-MOST = 120
+MOST = 60
 "items of the other relations that are measured"
 MEASURES = ("excess", "target", "same", "other")
 

@@ -7,8 +7,8 @@ from locedit.components import UNITS, Unit
 from locedit.errors import LoceditError, nearest
 
 PARTS = ("planted", "deletion", "oracle")
-PLANTING = ("people", "draws", "neurons", "heads", "plant_steps", "plant_rate")
-TARGET = ("relation", "share")
+PLANTING = ("people", "exact_facts", "draws", "neurons", "heads", "plant_steps", "plant_rate")
+TARGET = ("relation", "share", "exact_facts")
 DELETION = ("budgets", "ablate", "random_sets")
 ORACLE = (*TARGET, "edit_steps", "edit_rate", "attack_steps", "attack_rate", "look_every")
 """Options that decide the results of each part."""
@@ -20,8 +20,10 @@ SITES: dict[str, Unit] = {"mlp": "mlp", "neurons": "neuron", "layer_neurons": "n
 class GradeOptions:
     """Sizes of the three parts; the defaults are for a lab of size small."""
 
-    people: int = 12
+    people: int = 10
     "planted people whose facts the localizers see"
+    exact_facts: int = 6
+    "facts that causal tracing and activation patching see where they run once for every neuron"
     sites: tuple[str, ...] = ("mlp", "neurons", "heads")
     """where facts are planted: mlp (one layer's), neurons (of all layers), layer_neurons (of one layer), heads (of all
     layers)"""
@@ -31,7 +33,7 @@ class GradeOptions:
     "share of all neurons in a planted set"
     heads: float = 0.2
     "share of all heads in a planted set"
-    plant_steps: int = 150
+    plant_steps: int = 100
     "training steps at most that plant a set"
     plant_rate: float = 1e-2
     "learning rate of planting"
@@ -45,7 +47,7 @@ class GradeOptions:
     "shares of all components of the unit that are deleted, at least one component"
     ablate: Literal["zero", "mean"] = "zero"
     "how components are deleted"
-    random_sets: int = 5
+    random_sets: int = 3
     "random sets with the same number in every layer, at each budget"
     edit_steps: int = 100
     "training steps of an edit of the oracle"
@@ -67,7 +69,16 @@ class GradeOptions:
         for unit in self.units:
             if unit not in UNITS:
                 raise LoceditError(f"units: unknown unit {unit!r}; {nearest(unit, UNITS)}")
-        for name in ("people", "draws", "plant_steps", "edit_steps", "attack_steps", "look_every", "random_sets"):
+        for name in (
+            "people",
+            "exact_facts",
+            "draws",
+            "plant_steps",
+            "edit_steps",
+            "attack_steps",
+            "look_every",
+            "random_sets",
+        ):
             if getattr(self, name) < 1:
                 raise LoceditError(f"{name}={getattr(self, name)!r} must be at least 1")
         for name in ("neurons", "heads", "share"):

@@ -46,12 +46,23 @@ def _mask(chosen: ComponentSet) -> Tensor:
     return flat(masks)
 
 
-def grades(model: Model, task: Task, method: str, *, sets: Sets, site: str, seed: int, number: int) -> list[Record]:
+def grades(
+    model: Model,
+    task: Task,
+    method: str,
+    *,
+    sets: Sets,
+    site: str,
+    seed: int,
+    number: int,
+    exact_facts: int,
+) -> list[Record]:
     """The records of one localizer on the planted model."""
     unit = sets.truth.units[0]
     about: dict[str, Any] = {"part": "planted", "place": site, "method": method, "seed": seed, "draw": number}
     try:
-        values = at_unit(scoring.run(model, task, method, unit, seed=seed + 1000 * number), unit, model)
+        scores = scoring.run(model, task, method, unit, seed=seed + 1000 * number, exact_facts=exact_facts)
+        values = at_unit(scores, unit, model)
     except LoceditError as error:
         return [Record(**about, measure=measure, reason=str(error)) for measure in MEASURES]
     return [

@@ -77,7 +77,14 @@ class Seed:
             self._known[name] = self.run.stage(
                 f"{self.folder}/scores/{name}",
                 self.key | self._chosen(TARGET) | {"method": method, "options": options},
-                lambda: scoring.run(self.model, self.target.task, method, unit, seed=self.seed),
+                lambda: scoring.run(
+                    self.model,
+                    self.target.task,
+                    method,
+                    unit,
+                    seed=self.seed,
+                    exact_facts=self.options.exact_facts,
+                ),
                 save=lambda scores, at: scores.save(at),
                 load=Scores.load,
             )
@@ -113,7 +120,16 @@ class Seed:
         return found
 
     def _graded(self, model: Model, method: str, sets: planting.Sets, site: str, number: int) -> list[Record]:
-        return planted.grades(model, self.people.task, method, sets=sets, site=site, seed=self.seed, number=number)
+        return planted.grades(
+            model,
+            self.people.task,
+            method,
+            sets=sets,
+            site=site,
+            seed=self.seed,
+            number=number,
+            exact_facts=self.options.exact_facts,
+        )
 
     def _knowledge(self, edit: Edit, site: str, number: int) -> list[Record]:
         found = planting.knowledge(self.model, edit, self.people)

@@ -8,13 +8,11 @@ from locedit.components import Unit
 from locedit.data.items import Task
 from locedit.errors import LoceditError, nearest
 from locedit.localize import LOCALIZERS, localize
+from locedit.localize.exact_patching import ExactOptions
 from locedit.localize.registry import Localizer
 from locedit.models import Model
 from locedit.options import kinds
 from locedit.scores import Scores
-
-WHOLE = ("layer", "matrix")
-"units without parts to rank"
 
 
 def names_of(methods: str | Sequence[str]) -> tuple[str, ...]:
@@ -32,7 +30,10 @@ def names_of(methods: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def options_for(name: str, unit: Unit, *, seed: int) -> dict[str, Any]:
-    """The localizer's `unit` where it has that one, and its `seed`; everything else as it is by default."""
+    """The localizer's `unit` where it has that one, and its `seed`; everything else as it is by default.
+
+    A fact without a partner to swap its subject with is left out instead of ending the run.
+    """
     method = LOCALIZERS[name]
     known = kinds(method.options)
     chosen: dict[str, Any] = {}
@@ -40,6 +41,8 @@ def options_for(name: str, unit: Unit, *, seed: int) -> dict[str, Any]:
         chosen["unit"] = unit
     if "seed" in known:
         chosen["seed"] = seed
+    if "unpaired" in known:
+        chosen["unpaired"] = "skip"
     return chosen
 
 
@@ -49,8 +52,16 @@ def _units(method: Localizer, kind: Any) -> set[str]:
     return words & set(method.units) if words else set(method.units)
 
 
-def run(model: Model, task: Task, name: str, unit: Unit, *, seed: int) -> Scores:
-    """The scores of a localizer on a task, its contrast pairs given only to a method that reads such pairs."""
-    if "contrast" not in LOCALIZERS[name].kinds:
+def run(model: Model, task: Task, name: str, unit: Unit, *, seed: int, exact_facts: int) -> Scores:
+    """The scores of a localizer on a task, its contrast pairs given only to a method that reads such pairs.
+
+    A method that runs the model once for every component sees only `exact_facts` of the facts, spread evenly, where the
+    components are neurons.
+    """
+    method = LOCALIZERS[name]
+    if "contrast" not in method.kinds:
         task = dataclasses.replace(task, pairs=None)
+    if unit == "neuron" and issubclass(method.options, ExactOptions):
+        facts = list(task.forget)
+        task = dataclasses.replace(task, forget=task.forget.replace(facts[:: -(-len(facts) // exact_facts)]))
     return localize(model, task, name, **options_for(name, unit, seed=seed))

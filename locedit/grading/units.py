@@ -22,7 +22,7 @@ def at_unit(scores: Scores, unit: Unit, model: Model) -> dict[str, Tensor]:
     - Scores of that unit are taken as they are; those of other units beside them are left out.
     - A whole MLP (attention) has the sum of the positive scores of its neurons (heads): what would be selected in it.
     - Scores of rows, columns, matrices or weights are spread evenly over the entries of each, and a component has the
-      sum of the positive parts over the entries that training it would touch.
+      sum over the entries that training it would touch.
 
     Raises LoceditError, in words that fit after "-", where the scores cannot say anything at that unit.
     """
@@ -34,7 +34,7 @@ def at_unit(scores: Scores, unit: Unit, model: Model) -> dict[str, Tensor]:
         return _sums(scores, unit, model)
     if stored := sorted(units.intersection(STORED)):
         return _from_entries(scores, stored, model.sites(unit))
-    raise LoceditError(f"scores {' and '.join(sorted(units))}s, which say nothing of single {unit}s")
+    raise LoceditError(f"scores {' and '.join(f'{u}s' for u in sorted(units))}, which say nothing of single {unit}s")
 
 
 def flat(values: Mapping[str, Tensor]) -> Tensor:
@@ -54,19 +54,19 @@ def _sums(scores: Scores, unit: Unit, model: Model) -> dict[str, Tensor]:
 def _from_entries(scores: Scores, units: Sequence[str], sites: Mapping[str, Site]) -> dict[str, Tensor]:
     density = _density(scores, units)
     if not any(piece.param in density for site in sites.values() for piece in site.slices):
-        raise LoceditError(f"scores {' and '.join(units)}s of other parameters")
+        raise LoceditError(f"scores {' and '.join(f'{u}s' for u in units)} of other parameters only")
     return {name: _collected(site, density) for name, site in sites.items()}
 
 
 def _density(scores: Scores, units: Sequence[str]) -> dict[str, Tensor]:
-    """Parameter -> the positive score that falls on each of its entries, in the parameter's shape."""
+    """Parameter -> the score that falls on each of its entries, in the parameter's shape."""
     density: dict[str, Tensor] = {}
     for name, values in scores.values.items():
         site = scores.sites[name]
         if site.unit not in units:
             continue
         whole = sum(piece.entry * (1 if piece.axis is None else piece.width) for piece in site.slices)
-        share = values.clamp(min=0).double()
+        share = values.double()
         for piece in site.slices:
             total = density.setdefault(piece.param, torch.zeros(piece.shape, dtype=torch.float64))
             _spread(total, piece, share, entries=whole, weights=site.unit == "weight")
