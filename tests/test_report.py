@@ -341,6 +341,38 @@ def test_lines_of_unequal_length_are_cut_into_parts() -> None:
     assert (rings.x[0], rings.y[0]) == (124, "model.embed.weight")
 
 
+def test_many_matrices_are_one_square_each() -> None:
+    """Rows of seven matrices in four layers, norms and an embedding: the largest score; norms stand in their layer."""
+    roles = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out")
+    names = [f"blocks.{layer}.{role}.row" for layer in range(4) for role in roles]
+    names += [*(f"model.layers.{layer}.norm1.weight:row" for layer in range(4)), "model.embed.weight:row"]
+    sites = {name: Site(name=name, count=3) for name in names}
+    values = {name: torch.tensor([0.0, -float(i), 0.5]) for i, name in enumerate(names)}
+    scores = Scores(values=values, sites=sites)
+    grid = maps.layout(scores, "row")
+    assert grid.rows == ["0", "1", "2", "3", "outside"]
+    assert grid.columns == [*roles, "norm1", "embed"]
+    assert grid.values[1][:8] == [-7.0, -8.0, -9.0, -10.0, -11.0, -12.0, -13.0, -29.0]
+    assert grid.values[4] == [None] * 8 + [-32.0]
+    assert "row 1 of 3" in grid.hover[1][0]
+    assert "sum -6.5" in grid.hover[1][0]
+    rings = figures.scores(scores, chosen=scores.select(top=2, sign="negative")).data[1]
+    assert list(zip(rings.x, rings.y, strict=True)) == [(7, "3"), (8, "outside")]
+    assert "1 of 3 chosen" in rings.text[0]
+
+
+def test_several_units_stand_side_by_side() -> None:
+    """Two heads and an MLP in each of two layers: one map of three columns, with one scale."""
+    values = {f"blocks.{i}.attn.head": torch.tensor([1.0 + i, 2.0 + i]) for i in range(2)}
+    values |= {f"blocks.{i}.mlp": torch.tensor([5.0 + i]) for i in range(2)}
+    scores = Scores(values=values, sites={name: Site(name=name, count=len(v)) for name, v in values.items()})
+    made = scores.plot()
+    assert [list(row) for row in made.data[0].z] == [[1.0, 2.0, 5.0], [2.0, 3.0, 6.0]]
+    assert list(made.layout.xaxis.ticktext) == ["head 0", "head 1", "mlp"]
+    rings = figures.scores(scores, chosen=scores.select(top=3)).data[1]
+    assert sorted(zip(rings.x, rings.y, strict=True)) == [(1, "1"), (2, "0"), (2, "1")]
+
+
 def test_a_role_has_one_colour_in_every_figure() -> None:
     run = a_run()
     assert run.comparison is not None
