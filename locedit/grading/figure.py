@@ -23,12 +23,14 @@ AXES = {
     "deletion": "excess drop above random sets",
     "oracle": "rank correlation with robustness",
 }
-LINE, GAP = 22, 74
+RANGES = {"planted": [-0.55, 0.55], "oracle": [-1.05, 1.05]}
+"of the axes; drops have the range that they need"
+LINE, GAP = 22, 96
 
 
-def dots(grades: Grades) -> Figure:
-    """Mean over the seeds of value - chance with its 95 % interval; localizers without a grade are left out."""
-    panels = grades.headlines()
+def dots(grades: Grades, part: str | None = None) -> Figure:
+    """Mean over the seeds of value - chance with its 95 % interval, of one part or of all; what has no grade is left out."""
+    panels = [panel for panel in grades.headlines() if part in (None, panel[0])]
     ranked = {panel: [row for row in grades.ranking(*panel) if row.seeds] for panel in panels}
     heights = [LINE * max(len(rows), 1) + 10 for rows in ranked.values()]
     total = sum(heights) + GAP * len(panels) + 20
@@ -47,7 +49,15 @@ def dots(grades: Grades) -> Figure:
                 made.add_trace(_trace(here, verdict, named=verdict not in shown), row=at, col=1)
                 shown.add(verdict)
         made.add_vline(x=0, line={"color": GRID, "width": 2}, row=at, col=1)  # type: ignore[arg-type]
-        made.update_xaxes(title_text=AXES[panel[0]], nticks=6, tickangle=0, row=at, col=1)
+        made.update_xaxes(
+            title_text=AXES[panel[0]],
+            title_font_size=12,
+            nticks=6,
+            tickangle=0,
+            range=RANGES.get(panel[0]),
+            row=at,
+            col=1,
+        )
         order = [plain(row.method) for row in rows][::-1]
         made.update_yaxes(categoryorder="array", categoryarray=order, row=at, col=1)
     dressed = dress(made, height=total)
@@ -66,6 +76,7 @@ def _trace(rows: Sequence[Row], verdict: Verdict, *, named: bool) -> go.Scatter:
             "array": [row.above_high - row.above if fine else 0 for row, fine in zip(rows, known, strict=True)],
             "arrayminus": [row.above - row.above_low if fine else 0 for row, fine in zip(rows, known, strict=True)],
             "thickness": 1.5,
+            "visible": any(known),
         },
         mode="markers",
         name=verdict,

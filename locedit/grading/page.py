@@ -17,14 +17,11 @@ CAPTION = (
 
 def html(grades: Grades) -> str:
     """The whole page; it carries plotly.js."""
-    made: Any = dots(grades)
-    shown = FigureView(title="", caption=CAPTION, json=embed(made), height=int(made.layout.height))
-    drawn = Section(title="At a glance", anchor="figure", figures=[shown])
     view = RunView(
         name=f"localizers on {grades.lab}",
         anchor="grades",
         verdict=Verdict(label="Which localizers are right?", tone="none", sentences=tuple(_sentences(grades))),
-        sections=[drawn, *(_section(grades, part) for part in grades.parts), _left_out(grades)],
+        sections=[*(_section(grades, part) for part in grades.parts), _left_out(grades)],
     )
     return render([view], title="Localizers graded", subtitle=f"Labs: {grades.lab}, seeds {_seeds(grades)}")
 
@@ -47,7 +44,9 @@ def _sentences(grades: Grades) -> list[str]:
 def _section(grades: Grades, part: str) -> Section:
     steps = [sentence for name in grades.places(part) if part == "planted" for sentence in words.planted(grades, name)]
     about = [words.ABOUT[part], *steps]
-    return Section(title=words.TITLES[part], anchor=part, steps=about, tables=_tables(grades, part))
+    made: Any = dots(grades, part)
+    drawn = [FigureView(title="", caption=CAPTION, json=embed(made), height=int(made.layout.height))]
+    return Section(title=words.TITLES[part], anchor=part, steps=about, figures=drawn, tables=_tables(grades, part))
 
 
 def _tables(grades: Grades, part: str) -> list[TableView]:

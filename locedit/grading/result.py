@@ -100,11 +100,11 @@ class Grades:
 
         return text(self)
 
-    def plot(self) -> "Figure":
-        """Dots with intervals, one panel for each place."""
+    def plot(self, part: str | None = None) -> "Figure":
+        """Dots with intervals, one panel for each place of one part, or of all."""
         from locedit.grading.figure import dots
 
-        return dots(self)
+        return dots(self, part)
 
     def html(self) -> str:
         """A page with the findings, the figure and the tables."""
