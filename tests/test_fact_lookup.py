@@ -200,16 +200,15 @@ def people() -> Task:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma2"])
-def test_only_lookup_mlps_score_above_zero(architecture: str) -> None:
+def test_scores_are_the_effects_and_only_lookup_mlps_have_votes(architecture: str) -> None:
     model = tiny.model(architecture)
     scores = localize(model, task_of(*PAIRS), "fact_lookup", by="path_patching", layer0="apart")
     mlps, heads = scores.evidence["mlps"], scores.evidence["heads"]
     assert len(heads["effect"]) == model.n_layers * model.n_heads
     values = [float(scores.values[f"blocks.{layer}.mlp"]) for layer in range(model.n_layers)]
-    assert [value > 0 for value in values] == mlps["chosen"]
-    largest = max(0.0, *mlps["effect"])
-    for value, effect, chosen in zip(values, mlps["effect"], mlps["chosen"], strict=True):
-        assert value == pytest.approx(effect if chosen else effect - largest, abs=1e-6)
+    assert values == pytest.approx(mlps["effect"], abs=1e-6)
+    votes = [int(scores.votes[f"blocks.{layer}.mlp"]) for layer in range(model.n_layers)]
+    assert votes == [len(scores.examples) * chosen for chosen in mlps["chosen"]]
     reading = dict(zip(scores.evidence["lookup"]["what"], scores.evidence["lookup"]["value"], strict=True))[
         "reading layer"
     ]
@@ -247,8 +246,8 @@ def test_probing_alone_needs_no_wrong_answer_and_works_on_masked_models(people: 
     gains = scores.evidence["agreement"]["probe_gain"]
     for layer, inside in enumerate(scores.evidence["agreement"]["by_probe"]):
         value = float(scores.values[f"blocks.{layer}.mlp"])
-        assert (value > 0) == inside
-        assert value == pytest.approx(max(gains[layer], 0.001), abs=1e-6) or not inside
+        assert bool(scores.votes[f"blocks.{layer}.mlp"]) == inside
+        assert value == pytest.approx(max(gains[layer], 0.001) if inside else gains[layer], abs=1e-6)
 
 
 def test_relations_that_are_not_closed_leave_path_patching_and_say_so() -> None:

@@ -4,9 +4,9 @@ Guo et al. 2024, Mechanistic Unlearning (arXiv:2410.12949), restrict edits to th
 (`probes`, `lookup_range`) for facts with a few answers, by path patching (`lookup_paths`) for the rest. Here both can
 run, and the table `agreement` says whether they name the same MLPs.
 
-The score of a lookup MLP is its normalised effect on the answer (path patching) or how much its output raises the
-chance-corrected accuracy of the probe (probing; at least 0.001). The score of any other MLP is its own value minus
-the largest, so never above 0: `select(fraction=1)` is the lookup set whatever its size, and the order of all is kept.
+The score of an MLP is its normalised effect on the answer (path patching) or how much its output raises the
+chance-corrected accuracy of the probe (probing; at least 0.001 inside its range). The lookup MLPs have the votes of all
+examples, the others none: `select(shared=1)` is the lookup set, whatever its size.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def _part(cls: type, options: FactLookupOptions):  # noqa: ANN202
 
 
 def fact_lookup(model: Model, task: Task, options: FactLookupOptions) -> Scores:
-    """Scores of the MLPs, positive for the lookup MLPs alone; tables `lookup`, `heads`, `mlps`, `probe`, `agreement`.
+    """Scores of the MLPs, votes for the lookup MLPs alone; tables `lookup`, `heads`, `mlps`, `probe`, `agreement`.
 
     Multiple choice is left out: its answer is a letter, no property of the subject.
     """
@@ -130,6 +130,7 @@ def fact_lookup(model: Model, task: Task, options: FactLookupOptions) -> Scores:
         values={name: torch.tensor([value]) for name, value in zip(sites, values, strict=True)},
         sites=sites,
         examples=tuple(item.id for item in items),
+        votes={name: torch.tensor([len(items) * (layer in chosen)]) for layer, name in enumerate(sites)},
         evidence=evidence,
         fingerprint=model.fingerprint,
     )
@@ -139,7 +140,7 @@ def lookup_set(scores: Scores) -> ComponentSet:
     """The lookup MLPs that `fact_lookup` found; an error where it found none."""
     if "lookup" not in scores.evidence:
         raise LoceditError("these scores are not of fact_lookup: they have no table 'lookup'")
-    return scores.select(fraction=1.0)
+    return scores.select(shared=1.0)
 
 
 def without_choice(task: Task) -> Task:
@@ -213,8 +214,7 @@ def _decide(
         assert found is not None
         chosen = [layer for layer in layers if layer in found]
         values = [max(gain, LEAST) if layer in found else gain for layer, gain in enumerate(gains)]
-    largest = max(0.0, *values)
-    return chosen, [value if layer in chosen else value - largest for layer, value in enumerate(values)]
+    return chosen, list(values)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
