@@ -159,9 +159,7 @@ def rank_correlation(left: Scores, right: Scores) -> tuple[float | None, str]:
     mine, other = (_coarse(scores, layers=layers) for scores in (left, right))
     places = [place for place in mine if place in other]
     a, b = (torch.tensor([values[place] for place in places]) for values in (mine, other))
-    return spearman(
-        a, b
-    ), f"{len(places)} {'layers' if layers else 'MLPs, attentions and parameters outside the blocks'}"
+    return spearman(a, b), f"{len(places)} {'layers' if layers else 'modules'}"
 
 
 def _coarse(scores: Scores, *, layers: bool) -> dict[str, float]:

@@ -85,7 +85,7 @@ def test_ranks_over_what_both_score(model: Model) -> None:
         for s in (neurons[0], rows)
     ]
     assert value == spearman(*sums)
-    assert over.startswith("3 MLPs")
+    assert over == "3 modules"
     assert rank_correlation(neurons[0], draws(model, "layer", range(1))[0])[1] == "3 layers"
     assert rank_correlation(neurons[0], heads)[0] is None
 

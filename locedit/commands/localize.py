@@ -111,14 +111,15 @@ def _estimate(run_folder: Run, model: Model, task: Task, options: Options) -> No
     """Whether every method can run on this model and data, and what those that are not there yet will take."""
     from locedit.localize import estimate, prepare
 
-    items = {name: len(made[0].reads(made[1])[1]) for name, made in _for_all(
-        options, lambda name: prepare(model, task, name, **options[name]), "cannot run"
-    ).items()}  # fmt: skip
+    ready = _for_all(options, lambda name: prepare(model, task, name, **options[name]), "cannot run")
     there = _for_all(options, lambda name: run_folder.has(*_stage(model, task, name, options[name])), "cannot run")
     todo = [name for name in options if not there[name]]
     costs = _for_all(todo, lambda name: estimate(model, task, name, **options[name]), "cannot run")
     for name, (seconds, size) in costs.items():
-        note(f"{name}: {items[name]} items, about {duration(seconds)} and {size / 2**30:.2f} GiB beside the model")
+        method, read, _ = ready[name]
+        count = len(method.reads(read)[1])
+        cost = f"about {duration(seconds)} and {size / 2**30:.2f} GiB beside the model"
+        note(f"{name}: {count} item{'s' * (count > 1)}, {cost}")
 
 
 def _stage(model: Model, task: Task, name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -12,11 +12,14 @@ from locedit.components import ComponentSet
 from locedit.matching import matched
 from locedit.report.inputs import RunResults
 from locedit.report.numbers import number
-from locedit.report.palette import INK, SCORE_SCALE, SIGNED_SCALE, dress, figure, plain
+from locedit.report.palette import INK, dress, figure, plain
 from locedit.report.tables import Cell, Column, TableView, texts
 
-CELL = 56
+CELL = 34
 "height of a cell in pixels"
+SHARED_SCALE = [[0.0, "rgba(4,112,251,0.03)"], [1.0, "rgba(4,112,251,0.55)"]]
+RANK_SCALE = [[0.0, "rgba(166,94,14,0.55)"], [0.5, "rgba(128,128,128,0.04)"], [1.0, "rgba(4,112,251,0.55)"]]
+"fainter than those of scores, because numbers stand on them"
 
 
 def of_run(run: RunResults) -> Agreement | None:
@@ -41,14 +44,16 @@ def _placed(components: ComponentSet) -> bool:
 
 
 def both(result: Agreement) -> Figure:
-    """Overlap and rank correlation side by side."""
-    made = make_subplots(rows=1, cols=2, horizontal_spacing=0.16, subplot_titles=("overlap", "rank correlation"))
+    """Overlap above rank correlation."""
+    titles = ("overlap of the sets", "rank correlation")
+    height = 2 * _height(result) + 40
+    made = make_subplots(rows=2, cols=1, vertical_spacing=150 / height, subplot_titles=titles)
     made.add_trace(_overlap(result), row=1, col=1)
-    made.add_trace(_ranks(result), row=1, col=2)
+    made.add_trace(_ranks(result), row=2, col=1)
     made.update_traces(showscale=False)
     made.update_yaxes(autorange="reversed", type="category", showgrid=False)
     made.update_xaxes(type="category", showgrid=False)
-    return dress(made, height=_height(result) + 24).update_layout(margin={"t": 36})
+    return dress(made, height=height).update_layout(margin={"t": 36})
 
 
 def overlap(result: Agreement) -> Figure:
@@ -67,11 +72,11 @@ def _matrix(heat: go.Heatmap, result: Agreement) -> Figure:
 
 
 def _height(result: Agreement) -> int:
-    return 90 + CELL * len(result.methods)
+    return 130 + CELL * len(result.methods)
 
 
 def _overlap(result: Agreement) -> go.Heatmap:
-    text = _cells(result, lambda a, b: f"{number(result.overlap[a][b])}<br>({number(result.chance[a][b])})")
+    text = _cells(result, lambda a, b: f"{result.overlap[a][b]:.2f} ({result.chance[a][b]:.2f})")
     hover = _cells(
         result,
         lambda a, b: (
@@ -79,11 +84,11 @@ def _overlap(result: Agreement) -> go.Heatmap:
             f"by chance about {number(result.chance[a][b])}"
         ),
     )
-    return _heat(result, result.overlap, text, hover, scale=SCORE_SCALE, low=0.0)
+    return _heat(result, result.overlap, text, hover, scale=SHARED_SCALE, low=0.0)
 
 
 def _ranks(result: Agreement) -> go.Heatmap:
-    text = _cells(result, lambda a, b: "-" if (r := result.rank[a][b]) is None else number(r))
+    text = _cells(result, lambda a, b: "-" if (r := result.rank[a][b]) is None else f"{r:.2f}")
     hover = _cells(
         result,
         lambda a, b: (
@@ -91,7 +96,7 @@ def _ranks(result: Agreement) -> go.Heatmap:
             f"over {result.ranked[a][b]}"
         ),
     )
-    return _heat(result, result.rank, text, hover, scale=SIGNED_SCALE, low=-1.0)
+    return _heat(result, result.rank, text, hover, scale=RANK_SCALE, low=-1.0)
 
 
 def _heat(result: Agreement, values: Any, text: Any, hover: Any, *, scale: Any, low: float) -> go.Heatmap:
@@ -143,8 +148,13 @@ def rank_caption(result: Agreement) -> str:
     """Over what ranks are compared."""
     size = range(len(result.methods))
     kinds = dict.fromkeys(result.ranked[a][b] for a in size for b in size if a < b)
-    coarse = any("MLPs" in kind or kind.endswith("layers") for kind in kinds)
-    how = " Where no component is scored by both, the sums of positive scores are ranked." if coarse else ""
+    coarse = any(kind.endswith(("modules", "layers")) for kind in kinds)
+    how = (
+        " Where no component is scored by both, MLPs, attentions and parameters outside the blocks (or layers) are "
+        "ranked by the sums of their positive scores."
+        if coarse
+        else ""
+    )
     return f"Spearman's rank correlation over {'; '.join(kinds)}.{how}"
 
 

@@ -176,7 +176,8 @@ def _scores(run: RunResults, anchor: str) -> Section:
         if evidence.has_figure(scores):
             drawn.append(_view(evidence.figure(scores), evidence.caption(scores), title=f"{method}: evidence"))
         listed.append(tables.best(scores, name=method))
-        listed += [tables.evidence(name, table) for name, table in scores.evidence.items() if table]
+        whose = f"{method}, " if len(run.scores) > 1 else ""
+        listed += [tables.evidence(f"{whose}{name}", table) for name, table in scores.evidence.items() if table]
     missing = "" if run.scores else "No scores are in this run."
     return Section(title="Where it scores high", anchor=anchor, missing=missing, figures=drawn, tables=listed)
 
