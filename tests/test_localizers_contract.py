@@ -18,7 +18,7 @@ from locedit.data.items import ContrastPair, Dataset, Fact, Item, PatchPair, Pla
 from locedit.errors import LoceditError
 from locedit.localize import LOCALIZERS, Localizer, estimate, localize, memory, prepare
 from locedit.models import Model, load
-from locedit.options import kinds
+from locedit.options import describe, kinds
 from tests import tiny
 from tests.edits import bits, hooks_left, same_bits
 
@@ -269,3 +269,8 @@ def test_data_of_another_kind_is_refused(name: str, models: dict[str, Model]) ->
     for kind in ITEMS.keys() - set(method.kinds):
         with pytest.raises(LoceditError, match=f"{name} needs items of kind"):
             localize(models["bert" if method.causal is False else "llama"], task_of(kind), name)
+
+
+@pytest.mark.parametrize("name", LOCALIZERS)
+def test_every_option_is_explained(name: str) -> None:
+    assert [option for option, _, _, meaning in describe(LOCALIZERS[name].options) if not meaning] == []

@@ -35,6 +35,7 @@ class RandomOptions:
     unit: Unit = "neuron"
     "ignored with `like`, which brings its own"
     seed: int = 0
+    "of the draw"
     like: str | None = None
     "a components.json: as many components in every site as it has come first, in random order"
     disjoint: bool = False
@@ -52,6 +53,7 @@ class EverythingOptions:
     """Which components."""
 
     unit: Unit = "neuron"
+    "all of these"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class MagnitudeOptions:
     """Which weights are measured."""
 
     unit: NeuronOrHead = "neuron"
+    "what is scored"
     of: Literal["output", "both"] = "output"
     """output: norm of the weights that leave the neuron (its column of the output projection) or head (its columns of
     o); both: times the norm of the weights that enter it (a neuron's input and gate; a head's values, which heads of a
@@ -75,6 +78,7 @@ class ActivationOptions(BatchOptions):
     """Which components, and how many rows to run at a time."""
 
     unit: NeuronOrHead = "neuron"
+    "what is scored"
 
 
 def random(model: Model, task: Task, options: RandomOptions) -> Scores:  # noqa: ARG001

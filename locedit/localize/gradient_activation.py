@@ -38,6 +38,7 @@ class GradientActivationOptions(BatchOptions):
     """What is scored, and where."""
 
     unit: NeuronOrHead = "neuron"
+    "what is scored"
     position: Literal["all", "predicting"] = "all"
     "over which positions the products are summed"
     sign: Literal["signed", "absolute"] = "signed"

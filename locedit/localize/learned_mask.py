@@ -63,6 +63,7 @@ class LearnedMaskOptions(BatchOptions):
     """What is gated, and how the gates are trained."""
 
     unit: NeuronOrHead = "neuron"
+    "what is gated"
     price: float = 3.0
     "of the sum over the sites of the mean of 1 - gate; 0 = removal is free"
     ramp: float = 0.5
@@ -71,11 +72,13 @@ class LearnedMaskOptions(BatchOptions):
     """-log(1 - P) of the whole answer, or the mean over its tokens: for long texts, whose probability is tiny from the
     start"""
     retain_weight: float = 1.0
+    "of the retain term"
     retain_loss: Literal["kl", "nll"] = "kl"
     "kl: KL(open gates || gates); nll: negative log-likelihood of the retain answers"
     gates: Kind = "clamped"
     "clamped: numbers in [0, 1]; hard_concrete: random gates (Louizos et al. 2018, arXiv:1712.01312)"
     steps: int = 100
+    "of the optimizer"
     lr: float | None = None
     "of Adam; None = 0.05 for clamped gates, 0.2 for hard_concrete"
     per_step: int = 64
@@ -83,6 +86,7 @@ class LearnedMaskOptions(BatchOptions):
     levels: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     "shares of all components that are removed for the evidence"
     seed: int = 0
+    "of the examples in each step and of random gates"
 
     def __post_init__(self) -> None:
         super().__post_init__()
