@@ -33,7 +33,7 @@ class Written:
             return value.abs().cpu() * self.norm
         assert self.gram is not None
         z = value.cpu()  # [token, head, d_head]
-        return torch.einsum("tha,hab,thb->th", z, self.gram, z).clamp(min=0).sqrt()
+        return torch.einsum("nhi,hij,nhj->nh", z, self.gram, z).clamp(min=0).sqrt()
 
 
 def output_norm(model: Model, layer: int) -> Float[Tensor, " neuron"]:
