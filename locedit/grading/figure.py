@@ -19,9 +19,11 @@ MARKS: dict[Verdict, tuple[str, str]] = {
 }
 "colour and symbol"
 AXES = {
-    "planted": "area under the curve above 0.5",
-    "deletion": "excess drop above random sets",
-    "oracle": "rank correlation with robustness",
+    "decoys": "area under the curve above 0.5",
+    "auc": "area under the curve above 0.5",
+    "target": "drop in probability beyond random sets",
+    "excess": "excess drop beyond random sets",
+    "robust": "rank correlation with robustness",
 }
 RANGES = {"planted": [-0.55, 0.55], "oracle": [-1.05, 1.05]}
 "of the axes; drops have the range that they need"
@@ -29,7 +31,7 @@ LINE, GAP = 22, 96
 
 
 def dots(grades: Grades, part: str | None = None) -> Figure:
-    """Mean over the seeds of value - chance with its 95 % interval, of one part or of all; what has no grade is left out."""
+    """Mean over the seeds of value - chance with its 95 % interval, of one part or of all parts."""
     panels = [panel for panel in grades.headlines() if part in (None, panel[0])]
     ranked = {panel: [row for row in grades.ranking(*panel) if row.seeds] for panel in panels}
     heights = [LINE * max(len(rows), 1) + 10 for rows in ranked.values()]
@@ -50,7 +52,7 @@ def dots(grades: Grades, part: str | None = None) -> Figure:
                 shown.add(verdict)
         made.add_vline(x=0, line={"color": GRID, "width": 2}, row=at, col=1)  # type: ignore[arg-type]
         made.update_xaxes(
-            title_text=AXES[panel[0]],
+            title_text=AXES[panel[2]],
             title_font_size=12,
             nticks=6,
             tickangle=0,

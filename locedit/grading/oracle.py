@@ -32,6 +32,8 @@ from locedit.unlearn.injection import InjectionOptions, loss, new_answers
 
 PLACE = "MLP pairs"
 MEASURES = ("robust", "transfer")
+DEPTH = "early layers"
+"name of the ranking by depth alone that stands among the localizers"
 FEWEST = 4
 "pairs below which no correlation is given"
 

@@ -13,7 +13,7 @@ from locedit.storage import read_json, write_json
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-HEADLINES = {"planted": ("decoys", "auc"), "deletion": ("excess",), "oracle": ("robust",)}
+HEADLINES = {"planted": ("decoys", "auc"), "deletion": ("target", "excess"), "oracle": ("robust",)}
 "part -> the measures by which localizers are told from chance; tables are ordered by the first"
 
 

@@ -173,6 +173,8 @@ class Seed:
             except LoceditError as error:
                 about = {"part": "oracle", "place": oracles.PLACE, "method": method, "seed": self.seed}
                 found += missing(about, oracles.MEASURES, error)
+        depth = [float(-layer) for layer in range(self.model.n_layers)]
+        found += oracles.grades(outcomes, depth, method=oracles.DEPTH, seed=self.seed, options=self.options)
         return found, outcomes
 
     def _outcomes(self) -> list[oracles.Outcome]:

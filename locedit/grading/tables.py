@@ -14,7 +14,7 @@ from locedit.terminal import table
 
 COLUMNS = {
     "planted": ("decoys", "auc", "recall"),
-    "deletion": ("excess", "target", "same", "other"),
+    "deletion": ("target", "excess", "same", "other"),
     "oracle": ("robust", "transfer"),
 }
 Cells = list[list[str]]

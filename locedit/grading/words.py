@@ -28,11 +28,12 @@ ABOUT = {
     "auc (see magnitude) but tells no set from decoys. recall: share of the set among as many of the highest scores. "
     "The set is where the facts were written; other components can matter for them too.",
     "deletion": "Mean over the budgets of the fall in answer probability: of the target, of the same relation of other "
-    "people, of other relations. excess: target minus same; random: the excess of random sets with as many components "
-    "in every layer (MLPs: as many in all layers).",
+    "people, of other relations. excess: target minus same. Chance is what random sets with as many components in every "
+    "layer do (MLPs: as many in all layers); random: the drop of the target with them.",
     "oracle": "Every pair of MLPs was taught new answers, then attacked by relearning the old ones of half of the "
     "people. robust: rank correlation, over the pairs, of the localizer's score with 1 - what came back of the other "
-    "half; transfer: with the new answers in formats that were not trained (0 = chance).",
+    "half; transfer: with the new answers in formats that were not trained (0 = chance). early layers: a ranking by "
+    "depth alone, the lowest layer first, which a localizer has to beat to say more than that.",
 }
 
 
@@ -43,7 +44,12 @@ def place(part: str, name: str) -> str:
     return PLACES.get(name, name)
 
 
-AGAINST = {"decoys": ", against decoys", "auc": ", against all others"}
+AGAINST = {
+    "decoys": ", against decoys",
+    "auc": ", against all others",
+    "target": ", drop of the target",
+    "excess": ", target beyond the rest of the relation",
+}
 
 
 def finding(grades: Grades, part: str, name: str, measure: str) -> str:
