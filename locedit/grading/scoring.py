@@ -8,7 +8,7 @@ from locedit.components import Unit
 from locedit.data.items import Task
 from locedit.errors import LoceditError, nearest
 from locedit.localize import LOCALIZERS, localize
-from locedit.localize.exact_patching import ExactOptions
+from locedit.localize.patching.exact_patching import ExactOptions
 from locedit.localize.registry import Localizer
 from locedit.models import Model
 from locedit.options import kinds

@@ -28,8 +28,8 @@ ABOUT = {
     "auc (see magnitude) but tells no set from decoys. recall: share of the set among as many of the highest scores. "
     "The set is where the facts were written; other components can matter for them too.",
     "deletion": "Mean over the budgets of the fall in answer probability: of the target, of the same relation of other "
-    "people, of other relations. excess: target minus same. Chance is what random sets with as many components in every "
-    "layer do (MLPs: as many in all layers); random: the drop of the target with them.",
+    "people, of other relations. excess: target minus same. Chance is what random sets with as many components in "
+    "every layer do (MLPs: as many in all layers); random: the drop of the target with them.",
     "oracle": "Every pair of MLPs was taught new answers, then attacked by relearning the old ones of half of the "
     "people. robust: rank correlation, over the pairs, of the localizer's score with 1 - what came back of the other "
     "half; transfer: with the new answers in formats that were not trained (0 = chance). early layers: a ranking by "
