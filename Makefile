@@ -30,8 +30,8 @@ notebooks: $(VENV)/.dev
 	$(BIN)/python analyses/run_notebooks.py
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/integrated_gradients.py
-	$(BIN)/python benchmarks/restricted_step.py
+	for name in integrated_gradients fisher pcgu patching path_patching restricted_step; do \
+	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

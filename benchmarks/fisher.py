@@ -21,9 +21,9 @@ import transformers
 from torch import Tensor
 
 from locedit.data.encode import Batch, Example, Span, collate
-from locedit.localize.per_sample import SquaredGradients, one_by_one, squares_of
-from locedit.localize.slice_sums import parts_of
-from locedit.localize.squares import Squares
+from locedit.localize.information.per_sample import SquaredGradients, one_by_one, squares_of
+from locedit.localize.information.slice_sums import parts_of
+from locedit.localize.information.squares import Squares
 from locedit.losses import score, sequence_nll
 from locedit.models import Model, load
 from tests import tiny

@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from locedit.localize.paths import Prompt
-from locedit.localize.quadrature import Rule, rule
-from locedit.localize.staircase import Staircase
+from locedit.localize.integration.paths import Prompt
+from locedit.localize.integration.quadrature import Rule, rule
+from locedit.localize.integration.staircase import Staircase
 from locedit.models import Model
 
 LAYERS, WIDTH, VOCAB, STEPS = 12, 256, 5000, 20

@@ -23,9 +23,9 @@ from benchmarks.integrated_gradients import VOCAB, build, timed
 from locedit import tracing
 from locedit.data.encode import Span
 from locedit.localize.attribution_patching import AttributionPatchingOptions, attributions
-from locedit.localize.node_patching import Run, effects, run
-from locedit.localize.nodes import Patch, patches_of, points_of
-from locedit.localize.pairs import Pair, batch_of, measured
+from locedit.localize.patching.node_patching import Run, effects, run
+from locedit.localize.patching.nodes import Patch, patches_of, points_of
+from locedit.localize.patching.pairs import Pair, batch_of, measured
 from locedit.models import Model
 
 CASES = [("gpt2", 16), ("llama", 16), ("gpt_neox", 16), ("gemma2", 16), ("gpt2", 64)]

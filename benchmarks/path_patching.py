@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.integrated_gradients import VOCAB, build
 from locedit import tracing
-from locedit.localize.pairs import Pair, PairBatch, batch_of
-from locedit.localize.path_patching import Node, path_patch
+from locedit.localize.lookup.path_patching import Node, path_patch
+from locedit.localize.patching.pairs import Pair, PairBatch, batch_of
 from locedit.models import Model
 
 PAIRS, TOKENS, ASKED = 8, 32, 5.0

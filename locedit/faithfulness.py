@@ -26,8 +26,8 @@ from torch import Tensor
 from locedit import tracing
 from locedit.data.items import Task
 from locedit.errors import LoceditError
-from locedit.localize.noise import corrupted
-from locedit.localize.pairs import PairBatch, PairOptions, batches_of, metric, pairs_of
+from locedit.localize.patching.noise import corrupted
+from locedit.localize.patching.pairs import PairBatch, PairOptions, batches_of, metric, pairs_of
 from locedit.models import Model
 from locedit.progress import track
 from locedit.scores import Scores, Table

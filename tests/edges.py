@@ -8,7 +8,7 @@ from torch import Tensor
 
 from locedit import tracing
 from locedit.data.items import Dataset, PatchPair, Task
-from locedit.localize.pairs import PairOptions, batch_of, metric, pairs_of
+from locedit.localize.patching.pairs import PairOptions, batch_of, metric, pairs_of
 from locedit.models import Model
 
 ITEMS = (

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from locedit.data.encode import Example, Span
-from locedit.localize.quadrature import Rule
+from locedit.localize.integration.quadrature import Rule
 from locedit.models import Model
 from tests import tiny
 

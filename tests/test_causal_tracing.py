@@ -12,10 +12,10 @@ from locedit.components import Scores
 from locedit.errors import LoceditError
 from locedit.localize import localize
 from locedit.localize.causal_tracing import CausalTracingOptions
-from locedit.localize.exact_patching import corruptions
-from locedit.localize.node_patching import effects, run
-from locedit.localize.nodes import groups_of, patches_of, points_of
-from locedit.localize.pairs import Pair, PairOptions, batch_of, pairs_of
+from locedit.localize.patching.exact_patching import corruptions
+from locedit.localize.patching.node_patching import effects, run
+from locedit.localize.patching.nodes import groups_of, patches_of, points_of
+from locedit.localize.patching.pairs import Pair, PairOptions, batch_of, pairs_of
 from locedit.models import Model
 from tests import tiny
 from tests.test_pairs import fact, people, task

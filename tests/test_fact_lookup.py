@@ -11,12 +11,12 @@ from locedit.data.items import Dataset, Fact, PatchPair, Task
 from locedit.errors import LoceditError
 from locedit.localize import LOCALIZERS, estimate, localize
 from locedit.localize.fact_lookup import FactLookupOptions, fact_lookup, lookup_set
-from locedit.localize.lookup_paths import PathRule, choose_heads, null_of, reading_layer
-from locedit.localize.lookup_range import RangeRule, lookup_range
-from locedit.localize.pairs import PairOptions, measured, pairs_of
-from locedit.localize.path_effects import Effects, _measure, effects, permutations
-from locedit.localize.path_patching import Node
-from locedit.localize.states import EMBEDDING
+from locedit.localize.lookup.lookup_paths import PathRule, choose_heads, null_of, reading_layer
+from locedit.localize.lookup.lookup_range import RangeRule, lookup_range
+from locedit.localize.lookup.path_effects import Effects, _measure, effects, permutations
+from locedit.localize.lookup.path_patching import Node
+from locedit.localize.lookup.states import EMBEDDING
+from locedit.localize.patching.pairs import PairOptions, measured, pairs_of
 from locedit.models import Model
 from tests import tiny
 from tests.test_probes import facts

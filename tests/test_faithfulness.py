@@ -10,7 +10,7 @@ from locedit.components import ComponentSet, Scores
 from locedit.errors import LoceditError
 from locedit.faithfulness import SHARES, Faithfulness, FaithfulnessOptions, faithfulness
 from locedit.localize import localize
-from locedit.localize.pairs import PairBatch, PairOptions, batches_of, metric, pairs_of
+from locedit.localize.patching.pairs import PairBatch, PairOptions, batches_of, metric, pairs_of
 from locedit.models import Model
 from tests import tiny
 from tests.edges import ITEMS, task

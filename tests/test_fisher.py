@@ -15,10 +15,10 @@ from locedit.data.encode import Batch, Example, Span, collate, encode
 from locedit.data.items import Dataset, Fact, PrivateText, Task, TokenText
 from locedit.errors import LoceditError
 from locedit.localize import estimate, localize
-from locedit.localize.information import FisherOptions, Information, _sampled, information
-from locedit.localize.per_sample import SquaredGradients
-from locedit.localize.slice_sums import parts_of
-from locedit.localize.squares import Lookup, Outer, Squares, Vectors
+from locedit.localize.information.information import FisherOptions, Information, _sampled, information
+from locedit.localize.information.per_sample import SquaredGradients
+from locedit.localize.information.slice_sums import parts_of
+from locedit.localize.information.squares import Lookup, Outer, Squares, Vectors
 from locedit.losses import Scored, score, sequence_nll
 from locedit.models import Model, load
 from tests import edits, gradients, tiny
@@ -281,7 +281,7 @@ def test_gram_matrices_give_what_gradients_give(parts: tuple[int | str, ...], mo
     found = [Squares((40, 30), parts, dtype=torch.float64, device=torch.device("cpu")) for _ in range(3)]  # pyright: ignore[reportArgumentType]
     assert found[0]._shorter(piece)
     found[0].add([piece])
-    monkeypatch.setattr("locedit.localize.squares.GRAM", 30)
+    monkeypatch.setattr("locedit.localize.information.squares.GRAM", 30)
     found[1].add([piece])
     found[2]._add_one_by_one([piece])
     for squares in found:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from locedit.data.encode import Example
 from locedit.errors import LoceditError
-from locedit.localize.blocks import adds_mlp_output
-from locedit.localize.integrated_gradients import Attribution, GradientOptions, attributions, integrate
-from locedit.localize.paths import PathSums
-from locedit.localize.quadrature import Rule, rule
+from locedit.localize.integration.blocks import adds_mlp_output
+from locedit.localize.integration.integrated_gradients import Attribution, GradientOptions, attributions, integrate
+from locedit.localize.integration.paths import PathSums
+from locedit.localize.integration.quadrature import Rule, rule
 from locedit.models import Model
 from tests import tiny
 from tests.gradients import Float64Throughout, by_loop, distance, example, examples
@@ -98,7 +98,7 @@ def test_batches_and_memory_do_not_change_scores(architecture: str) -> None:
 
 def test_little_memory_means_many_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The contrast: the budget does divide the rows."""
-    from locedit.localize.staircase import Staircase
+    from locedit.localize.integration.staircase import Staircase
 
     passes: list[int] = []
     climb = Staircase._climb  # pyright: ignore[reportPrivateUsage]
@@ -121,7 +121,7 @@ def test_little_memory_means_many_passes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_long_span_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = tiny.model("gpt2"), example(tiny.ids(1, 20)[0].tolist(), (1, 20))
     whole = scores(model, [text], steps=3)
-    monkeypatch.setattr("locedit.localize.integrated_gradients.TARGETS", 4)
+    monkeypatch.setattr("locedit.localize.integration.integrated_gradients.TARGETS", 4)
     assert distance(scores(model, [text], steps=3)[0], whole[0]) < 1e-5
 
 
@@ -141,7 +141,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_an_architecture_that_breaks_the_identity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefix keys that are not the model's own: the row with alpha = 1 no longer gives the model's probability."""
-    from locedit.localize.rows import SharedPrefix
+    from locedit.localize.integration.rows import SharedPrefix
 
     def spoiled(self: SharedPrefix, prefix: Tensor) -> Tensor:
         return prefix[self.prompt] * 0.5

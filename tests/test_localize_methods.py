@@ -10,8 +10,8 @@ from locedit.data.items import Fact, PrivateText
 from locedit.errors import LoceditError
 from locedit.localize import estimate, localize
 from locedit.localize.aggregate import Aggregate
-from locedit.localize.norms import output_norm
 from locedit.localize.knowledge_neurons import KnowledgeNeuronsOptions, Proposals, keep, refine
+from locedit.localize.norms import output_norm
 from locedit.models import Model
 from tests import tiny
 

@@ -5,7 +5,7 @@ import torch
 from captum.attr._utils.approximation_methods import approximation_parameters
 
 from locedit.errors import LoceditError
-from locedit.localize.quadrature import QUADRATURES, rule
+from locedit.localize.integration.quadrature import QUADRATURES, rule
 
 
 @pytest.mark.parametrize(("name", "expected"), [("right", 1.25), ("left", 0.75), ("gauss", 1.0), ("eleuther", 1.0)])

@@ -9,8 +9,8 @@ import torch
 from locedit import tracing
 from locedit.data.items import Dataset, Fact, Item, PatchPair, Task
 from locedit.errors import LoceditError
-from locedit.localize.noise import corrupted, noise_rows
-from locedit.localize.pairs import Pair, PairOptions, batch_of, batches_of, metric, pairs_of
+from locedit.localize.patching.noise import corrupted, noise_rows
+from locedit.localize.patching.pairs import Pair, PairOptions, batch_of, batches_of, metric, pairs_of
 from locedit.models import Model
 from tests import tiny
 

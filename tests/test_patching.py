@@ -13,10 +13,10 @@ from locedit.data.items import PatchPair, Task
 from locedit.errors import LoceditError
 from locedit.localize import localize
 from locedit.localize.attribution_patching import AttributionPatchingOptions
-from locedit.localize.exact_patching import ExactOptions, memory, random_directions
-from locedit.localize.node_patching import effects, run
-from locedit.localize.nodes import POINTS, Patch, patches_of, places, points_of
-from locedit.localize.pairs import Pair, PairOptions, batch_of, measured, pairs_of
+from locedit.localize.patching.exact_patching import ExactOptions, memory, random_directions
+from locedit.localize.patching.node_patching import effects, run
+from locedit.localize.patching.nodes import POINTS, Patch, patches_of, places, points_of
+from locedit.localize.patching.pairs import Pair, PairOptions, batch_of, measured, pairs_of
 from locedit.models import Model, load
 from tests import tiny
 from tests.test_pairs import fact, patch, people, task

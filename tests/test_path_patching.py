@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from locedit.data.encode import Span
 from locedit.errors import LoceditError
-from locedit.localize.noise import Noise
-from locedit.localize.pairs import Pair, PairBatch, batch_of
-from locedit.localize.path_patching import Node, Sender, path_patch, refuse
+from locedit.localize.lookup.path_patching import Node, Sender, path_patch, refuse
+from locedit.localize.patching.noise import Noise
+from locedit.localize.patching.pairs import Pair, PairBatch, batch_of
 from locedit.models import Model
 from tests import tiny
 

@@ -9,10 +9,10 @@ from locedit import tracing
 from locedit.data.encode import encode
 from locedit.data.items import Dataset, Fact, Task
 from locedit.errors import LoceditError
-from locedit.localize.logistic import logistic
-from locedit.localize.probe_data import ProbeOptions, relations
-from locedit.localize.probes import probe, right
-from locedit.localize.states import EMBEDDING, Point, States, alone, in_prompt
+from locedit.localize.lookup.logistic import logistic
+from locedit.localize.lookup.probe_data import ProbeOptions, relations
+from locedit.localize.lookup.probes import probe, right
+from locedit.localize.lookup.states import EMBEDDING, Point, States, alone, in_prompt
 from locedit.models import Model
 from tests import tiny
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from locedit.provenance import Provenance, measure
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure

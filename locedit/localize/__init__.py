@@ -27,13 +27,13 @@ from locedit.localize import (
     learned_mask,
     pcgu,
 )
-from locedit.localize.exact_patching import memory as exact_memory
-from locedit.localize.graph import GRAPH_UNITS
-from locedit.localize.integrated_gradients import memory as gradient_memory
+from locedit.localize.integration.integrated_gradients import memory as gradient_memory
 from locedit.localize.known import with_known
-from locedit.localize.lookup_cost import seconds as lookup_seconds
-from locedit.localize.nodes import NODE_UNITS
-from locedit.localize.pairs import PairOptions, pairs_of
+from locedit.localize.lookup.lookup_cost import seconds as lookup_seconds
+from locedit.localize.patching.exact_patching import memory as exact_memory
+from locedit.localize.patching.graph import GRAPH_UNITS
+from locedit.localize.patching.nodes import NODE_UNITS
+from locedit.localize.patching.pairs import PairOptions, pairs_of
 from locedit.localize.registry import Localizer
 from locedit.models import Model
 from locedit.options import fill

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from locedit.data.items import Task
-from locedit.localize.exact_patching import ExactOptions, exact
+from locedit.localize.patching.exact_patching import ExactOptions, exact
 from locedit.models import Model
 from locedit.scores import Scores
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from locedit.components import Site
 from locedit.data.encode import Example
 from locedit.errors import LoceditError
-from locedit.localize.integrated_gradients import Attribution
-from locedit.localize.paths import Objective, objective_value
+from locedit.localize.integration.integrated_gradients import Attribution
+from locedit.localize.integration.paths import Objective, objective_value
 from locedit.models import Model
 from locedit.scores import Scores, Sparse, Table
 

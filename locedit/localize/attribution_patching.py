@@ -26,14 +26,14 @@ from locedit import progress, tracing
 from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
 from locedit.errors import LoceditError
-from locedit.localize.blocks import weights_without_gradient
-from locedit.localize.exact_patching import kept_numbers, row_bytes
-from locedit.localize.node_patching import Run, Side, run
-from locedit.localize.node_scores import NodeOptions, NodeScores, PositionTable
-from locedit.localize.nodes import KINDS, POINTS, sites_of_unit, where
-from locedit.localize.noise import corrupted
-from locedit.localize.pairs import PairBatch, batches_of, measured, pairs_of
+from locedit.localize.integration.blocks import weights_without_gradient
 from locedit.localize.passes import pass_bytes
+from locedit.localize.patching.exact_patching import kept_numbers, row_bytes
+from locedit.localize.patching.node_patching import Run, Side, run
+from locedit.localize.patching.node_scores import NodeOptions, NodeScores, PositionTable
+from locedit.localize.patching.nodes import KINDS, POINTS, sites_of_unit, where
+from locedit.localize.patching.noise import corrupted
+from locedit.localize.patching.pairs import PairBatch, batches_of, measured, pairs_of
 from locedit.models import Model
 from locedit.scores import Scores
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from locedit.data.items import Task
-from locedit.localize.exact_patching import ExactOptions, exact
-from locedit.localize.pairs import Corrupt, Metric
+from locedit.localize.patching.exact_patching import ExactOptions, exact
+from locedit.localize.patching.pairs import Corrupt, Metric
 from locedit.models import Model
 from locedit.scores import Scores
 

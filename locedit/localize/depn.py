@@ -22,7 +22,7 @@ from locedit.data.encode import encode
 from locedit.data.items import Task
 from locedit.errors import LoceditError
 from locedit.localize.aggregate import Aggregate, Evidence
-from locedit.localize.integrated_gradients import GradientOptions, attributions
+from locedit.localize.integration.integrated_gradients import GradientOptions, attributions
 from locedit.models import Model
 from locedit.scores import Scores
 

@@ -40,8 +40,8 @@ from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
 from locedit.edges import EdgeScores
 from locedit.errors import LoceditError
-from locedit.localize.blocks import attention_of, weights_without_gradient
-from locedit.localize.graph import (
+from locedit.localize.integration.blocks import attention_of, weights_without_gradient
+from locedit.localize.patching.graph import (
     Graph,
     Part,
     Unit,
@@ -52,8 +52,8 @@ from locedit.localize.graph import (
     output_point,
     stream_point,
 )
-from locedit.localize.noise import corrupted
-from locedit.localize.pairs import Pair, PairBatch, PairOptions, batches_of, metric, pairs_of
+from locedit.localize.patching.noise import corrupted
+from locedit.localize.patching.pairs import Pair, PairBatch, PairOptions, batches_of, metric, pairs_of
 from locedit.models import Model, TokenBatch
 from locedit.progress import track
 from locedit.scores import Scores, Table

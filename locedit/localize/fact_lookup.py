@@ -20,14 +20,14 @@ import torch
 from locedit.components import ComponentSet
 from locedit.data.items import Dataset, Item, Task
 from locedit.errors import LoceditError
-from locedit.localize import path_patching, probes
 from locedit.localize.budget import MIB
-from locedit.localize.lookup_paths import Layer0, PathRule, Paths, Sign, lookup_paths
-from locedit.localize.lookup_range import LookupRange, RangeRule, lookup_range
-from locedit.localize.pairs import Pair, PairOptions, pairs_of
-from locedit.localize.path_effects import Normalise
-from locedit.localize.probe_data import CHOICE, ProbeOptions
-from locedit.localize.probes import Position, Probes, probe
+from locedit.localize.lookup import path_patching, probes
+from locedit.localize.lookup.lookup_paths import Layer0, PathRule, Paths, Sign, lookup_paths
+from locedit.localize.lookup.lookup_range import LookupRange, RangeRule, lookup_range
+from locedit.localize.lookup.path_effects import Normalise
+from locedit.localize.lookup.probe_data import CHOICE, ProbeOptions
+from locedit.localize.lookup.probes import Position, Probes, probe
+from locedit.localize.patching.pairs import Pair, PairOptions, pairs_of
 from locedit.models import Model
 from locedit.scores import Scores, Table
 

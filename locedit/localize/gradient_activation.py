@@ -24,8 +24,8 @@ from locedit.data.encode import Batch, batches, encode
 from locedit.data.items import Dataset, Task
 from locedit.localize.aggregate import Aggregate
 from locedit.localize.baselines import POINTS
-from locedit.localize.blocks import weights_without_gradient
 from locedit.localize.budget import BatchOptions
+from locedit.localize.integration.blocks import weights_without_gradient
 from locedit.localize.norms import NeuronOrHead
 from locedit.localize.passes import pass_bytes
 from locedit.losses import score, token_log_probs

@@ -24,7 +24,7 @@ from locedit.data.encode import Example, encode
 from locedit.data.items import Fact, Task
 from locedit.errors import LoceditError
 from locedit.localize.aggregate import KEPT, Aggregate, Evidence
-from locedit.localize.integrated_gradients import GradientOptions, attributions
+from locedit.localize.integration.integrated_gradients import GradientOptions, attributions
 from locedit.models import Model
 from locedit.scores import Scores, Table
 

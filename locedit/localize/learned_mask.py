@@ -44,9 +44,9 @@ from locedit.edit.levels import levels
 from locedit.edit.objective import CACHE_BYTES, ReferenceCache, Shuffled
 from locedit.errors import LoceditError
 from locedit.localize.baselines import POINTS
-from locedit.localize.blocks import weights_without_gradient
 from locedit.localize.budget import BatchOptions
 from locedit.localize.gates import Gates, Kind, gates
+from locedit.localize.integration.blocks import weights_without_gradient
 from locedit.localize.norms import NeuronOrHead
 from locedit.localize.passes import pass_bytes
 from locedit.losses import Scored

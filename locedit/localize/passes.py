@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from locedit.data.encode import Example
-from locedit.localize.blocks import attention_of
+from locedit.localize.integration.blocks import attention_of
 from locedit.models import Model
 
 

@@ -127,8 +127,8 @@ def embed(figure: Figure) -> Markup:
 
 
 def _view(figure: Figure, caption: str, *, title: str = "", kind: str = "") -> FigureView:
-    height = int(figure.layout.height or 400)
-    return FigureView(title=title, caption=caption, json=embed(figure), height=height, kind=kind)
+    layout: Any = figure.layout
+    return FigureView(title=title, caption=caption, json=embed(figure), height=int(layout.height or 400), kind=kind)
 
 
 def _title(runs: Sequence[RunResults]) -> str:

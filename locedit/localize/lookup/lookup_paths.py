@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 
 from locedit.errors import LoceditError
-from locedit.localize.pairs import Pair, PairOptions
-from locedit.localize.path_effects import Effects, Normalise, effects
-from locedit.localize.path_patching import Node
+from locedit.localize.lookup.path_effects import Effects, Normalise, effects
+from locedit.localize.lookup.path_patching import Node
+from locedit.localize.patching.pairs import Pair, PairOptions
 from locedit.models import Model
 from locedit.scores import Table
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from locedit import tracing
 from locedit.data.encode import Batch, Example, collate
 from locedit.errors import LoceditError
-from locedit.localize.blocks import weights_without_gradient
-from locedit.localize.members import Members
-from locedit.localize.readers import Kept, Read, precise, reader_of
-from locedit.localize.squares import Part, Piece, Squares
+from locedit.localize.information.members import Members
+from locedit.localize.information.readers import Kept, Read, precise, reader_of
+from locedit.localize.information.squares import Part, Piece, Squares
+from locedit.localize.integration.blocks import weights_without_gradient
 from locedit.models import Model
 
 Loss = Callable[[Batch], Float[Tensor, " examples"]]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from locedit.errors import LoceditError
-from locedit.localize.states import EMBEDDING
+from locedit.localize.lookup.states import EMBEDDING
 
 
 @dataclass(frozen=True, kw_only=True)

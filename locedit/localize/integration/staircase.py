@@ -31,14 +31,14 @@ from transformers import DynamicCache
 from locedit import tracing
 from locedit.data.encode import unseen_padding
 from locedit.errors import LoceditError
-from locedit.localize.blocks import (
+from locedit.localize.integration.blocks import (
     adds_mlp_output,
     attention_of,
     builds_own_mask,
     row_bytes,
     weights_without_gradient,
 )
-from locedit.localize.paths import (
+from locedit.localize.integration.paths import (
     Objective,
     PathSums,
     Prompt,
@@ -46,8 +46,8 @@ from locedit.localize.paths import (
     objective_and_slope,
     target_grid,
 )
-from locedit.localize.quadrature import Rule
-from locedit.localize.rows import LONGEST, SHORTEST, Climb, Column, Rows, as_rows, in_sequences, portions
+from locedit.localize.integration.quadrature import Rule
+from locedit.localize.integration.rows import LONGEST, SHORTEST, Climb, Column, Rows, as_rows, in_sequences, portions
 from locedit.models import Model
 
 AGREEMENT = {torch.float64: 1e-4, torch.float32: 1e-2}

@@ -24,11 +24,11 @@ from locedit import progress
 from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset
 from locedit.errors import LoceditError
-from locedit.localize.blocks import row_bytes
-from locedit.localize.captum_path import CaptumPaths
-from locedit.localize.paths import Objective, Paths, Prompt, Where, objective_value, prompts_of
-from locedit.localize.quadrature import Quadrature, graded, rule
-from locedit.localize.staircase import Staircase
+from locedit.localize.integration.blocks import row_bytes
+from locedit.localize.integration.captum_path import CaptumPaths
+from locedit.localize.integration.paths import Objective, Paths, Prompt, Where, objective_value, prompts_of
+from locedit.localize.integration.quadrature import Quadrature, graded, rule
+from locedit.localize.integration.staircase import Staircase
 from locedit.models import Model
 
 FIRST_STEPS = 8

@@ -13,9 +13,9 @@ from locedit import progress
 from locedit.errors import LoceditError
 from locedit.evaluate.intervals import ends, resampled_means
 from locedit.localize.budget import MIB
-from locedit.localize.noise import corrupted
-from locedit.localize.pairs import Metric, Pair, PairBatch, PairOptions, batches_of
-from locedit.localize.path_patching import Mlps, Sender, path_patch, row_bytes
+from locedit.localize.lookup.path_patching import Mlps, Sender, path_patch, row_bytes
+from locedit.localize.patching.noise import corrupted
+from locedit.localize.patching.pairs import Metric, Pair, PairBatch, PairOptions, batches_of
 from locedit.models import Model
 
 Normalise = Literal["means", "items"]

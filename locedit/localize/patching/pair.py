@@ -11,7 +11,7 @@ from torch import Tensor
 from locedit.data.encode import Span
 from locedit.errors import LoceditError
 from locedit.localize.budget import BatchOptions
-from locedit.localize.noise import Noise, NoiseRule
+from locedit.localize.patching.noise import Noise, NoiseRule
 from locedit.losses import logit_difference
 
 Corrupt = Literal["auto", "given", "swap", "noise"]

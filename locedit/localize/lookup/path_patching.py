@@ -32,9 +32,9 @@ from torch import Tensor
 from locedit import tracing
 from locedit.data.encode import unseen_padding
 from locedit.errors import LoceditError
-from locedit.localize.blocks import attention_of
-from locedit.localize.noise import corrupted
-from locedit.localize.pairs import PairBatch
+from locedit.localize.integration.blocks import attention_of
+from locedit.localize.patching.noise import corrupted
+from locedit.localize.patching.pairs import PairBatch
 from locedit.models import Model
 
 Mlps = Literal["free", "frozen"]

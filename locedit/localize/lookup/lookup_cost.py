@@ -8,10 +8,10 @@ import torch
 from locedit.data.items import Task
 from locedit.errors import LoceditError
 from locedit.localize.fact_lookup import FactLookupOptions, patched, without_choice
-from locedit.localize.pairs import pairs_of
-from locedit.localize.probe_data import relations
-from locedit.localize.probes import ablations, right
-from locedit.localize.states import States, in_prompt
+from locedit.localize.lookup.probe_data import relations
+from locedit.localize.lookup.probes import ablations, right
+from locedit.localize.lookup.states import States, in_prompt
+from locedit.localize.patching.pairs import pairs_of
 from locedit.models import Model
 
 TRIED = 8

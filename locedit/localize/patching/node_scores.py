@@ -15,8 +15,8 @@ from torch import Tensor
 from locedit.components import Site
 from locedit.errors import LoceditError
 from locedit.localize.aggregate import KEPT
-from locedit.localize.nodes import GROUPS, NodeUnit, Positions, groups_of
-from locedit.localize.pairs import Pair, PairOptions
+from locedit.localize.patching.nodes import GROUPS, NodeUnit, Positions, groups_of
+from locedit.localize.patching.pairs import Pair, PairOptions
 from locedit.models import Model
 from locedit.scores import Scores, Sparse, Table
 

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from locedit.localize.members import Members
-from locedit.localize.squares import Lookup, Outer, Piece, Vectors
+from locedit.localize.information.members import Members
+from locedit.localize.information.squares import Lookup, Outer, Piece, Vectors
 
 
 @runtime_checkable

@@ -24,9 +24,9 @@ from locedit import progress
 from locedit.data.encode import Example
 from locedit.data.items import Task
 from locedit.evaluate.intervals import estimate_mean
-from locedit.localize.logistic import logistic
-from locedit.localize.probe_data import ProbeOptions, Relation, relations
-from locedit.localize.states import EMBEDDING, Point, Prompt, States, alone, in_prompt
+from locedit.localize.lookup.logistic import logistic
+from locedit.localize.lookup.probe_data import ProbeOptions, Relation, relations
+from locedit.localize.lookup.states import EMBEDDING, Point, Prompt, States, alone, in_prompt
 from locedit.models import Model
 from locedit.scores import Table
 

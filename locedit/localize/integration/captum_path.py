@@ -14,9 +14,16 @@ from torch import Tensor
 
 from locedit import tracing
 from locedit.errors import LoceditError
-from locedit.localize.blocks import weights_without_gradient
-from locedit.localize.paths import Objective, PathSums, Prompt, gold_log_probability, objective_value, target_grid
-from locedit.localize.quadrature import Rule
+from locedit.localize.integration.blocks import weights_without_gradient
+from locedit.localize.integration.paths import (
+    Objective,
+    PathSums,
+    Prompt,
+    gold_log_probability,
+    objective_value,
+    target_grid,
+)
+from locedit.localize.integration.quadrature import Rule
 from locedit.models import Model
 
 METHODS = {"gauss": "gausslegendre", "right": "riemann_right", "left": "riemann_left"}

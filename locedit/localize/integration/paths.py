@@ -14,7 +14,7 @@ from torch import Tensor
 
 from locedit.data.encode import Example, collate
 from locedit.errors import LoceditError
-from locedit.localize.quadrature import Rule
+from locedit.localize.integration.quadrature import Rule
 from locedit.models import Model
 
 Objective = Literal["probability", "log_probability"]

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from locedit import tracing
-from locedit.localize.nodes import Patch, points_of
-from locedit.localize.noise import corrupted
-from locedit.localize.pairs import Metric, PairBatch, measured
+from locedit.localize.patching.nodes import Patch, points_of
+from locedit.localize.patching.noise import corrupted
+from locedit.localize.patching.pairs import Metric, PairBatch, measured
 from locedit.models import Model
 
 Side = Literal["clean", "corrupt"]

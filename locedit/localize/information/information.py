@@ -15,10 +15,10 @@ from locedit.components import Unit
 from locedit.data.encode import Batch, Example, batches, collate, encode
 from locedit.data.items import Dataset
 from locedit.errors import LoceditError
-from locedit.localize.blocks import weights_without_gradient
 from locedit.localize.budget import BatchOptions
-from locedit.localize.per_sample import Keep, SquaredGradients, squares_of
-from locedit.localize.squares import Squares
+from locedit.localize.information.per_sample import Keep, SquaredGradients, squares_of
+from locedit.localize.information.squares import Squares
+from locedit.localize.integration.blocks import weights_without_gradient
 from locedit.losses import Scored
 from locedit.models import Model
 from locedit.scores import Table

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.components import Site, Slice
-from locedit.localize.squares import Part, Squares
+from locedit.localize.information.squares import Part, Squares
 
 
 def parts_of(sites: Iterable[Site]) -> dict[str, frozenset[Part]]:

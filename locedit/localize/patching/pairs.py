@@ -14,8 +14,8 @@ from typing import Literal
 from locedit.data.encode import Example, Span, encode
 from locedit.data.items import Dataset, Fact, PatchPair, Task
 from locedit.errors import LoceditError
-from locedit.localize.noise import noise_of
-from locedit.localize.pair import (
+from locedit.localize.patching.noise import noise_of
+from locedit.localize.patching.pair import (
     Corrupt,
     Metric,
     Pair,
@@ -27,7 +27,7 @@ from locedit.localize.pair import (
     measured,
     metric,
 )  # fmt: skip
-from locedit.localize.swap import partners
+from locedit.localize.patching.swap import partners
 from locedit.models import Model
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import nn
 
 from locedit import tracing
 from locedit.data.encode import unseen_padding
-from locedit.localize.rows import LONGEST, SHORTEST
+from locedit.localize.integration.rows import LONGEST, SHORTEST
 from locedit.models import Model
 
 _ADDITIVE: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()

@@ -26,7 +26,7 @@ from locedit.components import Site
 from locedit.data.encode import unseen_padding
 from locedit.edges import Node
 from locedit.errors import LoceditError
-from locedit.localize.blocks import adds_mlp_output
+from locedit.localize.integration.blocks import adds_mlp_output
 from locedit.models import Model
 
 Unit = Literal["head+mlp", "head", "mlp"]

@@ -18,9 +18,10 @@ from locedit.components import unit_of
 from locedit.data.encode import Example, Span, encode
 from locedit.data.items import Dataset, Task
 from locedit.errors import LoceditError
-from locedit.localize.node_patching import Run, Side, effects, run
-from locedit.localize.node_scores import NodeOptions, NodeScores, PositionTable
-from locedit.localize.nodes import (
+from locedit.localize.passes import pass_bytes
+from locedit.localize.patching.node_patching import Run, Side, effects, run
+from locedit.localize.patching.node_scores import NodeOptions, NodeScores, PositionTable
+from locedit.localize.patching.nodes import (
     KINDS,
     POINTS,
     Patch,
@@ -32,9 +33,8 @@ from locedit.localize.nodes import (
     where,
     window_of,
 )
-from locedit.localize.noise import hashed
-from locedit.localize.pairs import Pair, PairBatch, batches_of, pairs_of
-from locedit.localize.passes import pass_bytes
+from locedit.localize.patching.noise import hashed
+from locedit.localize.patching.pairs import Pair, PairBatch, batches_of, pairs_of
 from locedit.models import Model
 from locedit.scores import Scores, Table
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from locedit import tracing
 from locedit.data.encode import Example, unseen_padding
-from locedit.localize.blocks import attention_of
 from locedit.localize.budget import BatchOptions
+from locedit.localize.integration.blocks import attention_of
 from locedit.models import Model
 
 EMBEDDING = -1

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from locedit.errors import LoceditError
 
 if TYPE_CHECKING:
-    from locedit.localize.staircase import Staircase
+    from locedit.localize.integration.staircase import Staircase
 
 SHORTEST = 64
 "rows of a sequence, even if its prefix is shorter"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locedit.components import Site
 from locedit.errors import LoceditError
-from locedit.localize.pairs import Pair, PairBatch
+from locedit.localize.patching.pairs import Pair, PairBatch
 from locedit.models import Model
 
 NodeUnit = Literal["head+mlp", "head", "mlp", "attn", "layer", "neuron"]

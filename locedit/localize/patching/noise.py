@@ -16,7 +16,7 @@ from locedit import tracing
 from locedit.models import Model
 
 if TYPE_CHECKING:
-    from locedit.localize.pair import Pair, PairBatch
+    from locedit.localize.patching.pair import Pair, PairBatch
 
 NoiseRule = Literal["sigma", "sqrt"]
 

@@ -1,0 +1,1 @@
+"""Patching: pairs of prompts, the nodes that are patched, and runs with nodes replaced."""
