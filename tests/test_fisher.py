@@ -15,7 +15,7 @@ from locedit.data.encode import Batch, Example, Span, collate, encode
 from locedit.data.items import Dataset, Fact, PrivateText, Task, TokenText
 from locedit.errors import LoceditError
 from locedit.localize import estimate, localize
-from locedit.localize.information.information import FisherOptions, Information, _sampled, information
+from locedit.localize.information.measuring import FisherOptions, Information, _sampled, information
 from locedit.localize.information.per_sample import SquaredGradients
 from locedit.localize.information.slice_sums import parts_of
 from locedit.localize.information.squares import Lookup, Outer, Squares, Vectors

@@ -29,7 +29,7 @@ from torch import Tensor
 from locedit.components import Site
 from locedit.data.items import Dataset, Task
 from locedit.errors import LoceditError
-from locedit.localize.information.information import FisherOptions, Information, information, memory
+from locedit.localize.information.measuring import FisherOptions, Information, information, memory
 from locedit.localize.information.slice_sums import component_sums, parts_of, sizes_of
 from locedit.localize.information.squares import Part
 from locedit.models import Model
