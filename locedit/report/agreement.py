@@ -12,7 +12,7 @@ from locedit.components import ComponentSet
 from locedit.matching import matched
 from locedit.report.inputs import RunResults
 from locedit.report.numbers import number
-from locedit.report.palette import INK, dress, figure, plain
+from locedit.report.palette import dress, figure, plain
 from locedit.report.tables import Cell, Column, TableView, texts
 
 CELL = 34
@@ -110,7 +110,7 @@ def _heat(result: Agreement, values: Any, text: Any, hover: Any, *, scale: Any, 
         text=text,
         customdata=hover,
         texttemplate="%{text}",
-        textfont={"color": INK, "size": 12},
+        textfont={"size": 12},
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
         colorscale=scale,
