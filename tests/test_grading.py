@@ -169,6 +169,13 @@ def test_drops_are_those_of_zeroing_by_hand() -> None:
     assert any(drop != 0 for drop in grader.drops(part).values())
 
 
+def test_sets_of_single_weights_have_drops_of_their_own() -> None:
+    grader = Deletion(model(), target_of(task(), OPTIONS, seed=0), OPTIONS)
+    values = {name: torch.rand(site.count) for name, site in model().sites("weight").items()}
+    few, many = (grader.drops(top(model(), values, k=k, seed=0)) for k in (1, 2000))
+    assert few != many
+
+
 def test_area_is_the_mean_over_the_budgets() -> None:
     target = target_of(task(), OPTIONS, seed=0)
     grader = Deletion(model(), target, OPTIONS)

@@ -92,6 +92,20 @@ def test_draws_of_a_seed_count_as_one_observation() -> None:
     assert row.verdict == "above chance"
 
 
+def test_six_of_six_is_not_certain() -> None:
+    """All sets right leaves room down to 0.025 ** (1 / sets): 0.54 with six sets, 0.29 with three."""
+    (six,) = summary(records({0: [1.0, 1.0], 1: [1.0, 1.0], 2: [1.0, 1.0]}))
+    assert six.low == pytest.approx(0.025 ** (1 / 6))
+    assert (six.high, six.verdict) == (1, "above chance")
+    (three,) = summary(records({0: [1.0], 1: [1.0], 2: [1.0]}))
+    assert three.above_low == pytest.approx(0.025 ** (1 / 3) - 0.5)
+    assert three.verdict == "not told from chance"
+    (none,) = summary(records({0: [0.0], 1: [0.0], 2: [0.0]}, chance=0.05, measure="recall"))
+    assert (none.low, none.verdict) == (0, "not told from chance")
+    (tied,) = summary(records({0: [0.5], 1: [0.5], 2: [0.5]}))
+    assert (tied.low, tied.high, tied.verdict) == (0.5, 0.5, "not told from chance")
+
+
 def test_verdict_says_what_the_interval_leaves_out() -> None:
     verdicts = {
         "above chance": {0: [0.8], 1: [0.82], 2: [0.79]},
@@ -108,7 +122,7 @@ def test_verdict_says_what_the_interval_leaves_out() -> None:
 def test_chance_is_compared_within_each_seed() -> None:
     """Value and chance move together: the difference is 0.1 in every seed, whatever the seed."""
     found = [
-        Record(part="deletion", place="head", method="m", seed=s, measure="excess", value=0.1 + s, chance=float(s))
+        Record(part="deletion", place="head", method="m", seed=s, measure="excess", value=0.1 + 0.4 * s, chance=0.4 * s)
         for s in range(3)
     ]
     (row,) = summary(found)

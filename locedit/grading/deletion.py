@@ -40,7 +40,8 @@ class Deletion:
 
     def drops(self, within: ComponentSet) -> dict[str, float]:
         """Group -> fall of its mean answer probability."""
-        name = repr(sorted(within.chosen.items()))
+        weights = [(name, mask.nonzero().flatten().tolist()) for name, mask in sorted(within.masks.items())]
+        name = repr((sorted(within.chosen.items()), weights))
         if name not in self.known:
             with self._edit(within).applied(self.model) as edited:
                 after = levels(edited, self.probes)

@@ -61,7 +61,8 @@ def grades(
     unit = sets.truth.units[0]
     about: dict[str, Any] = {"part": "planted", "place": site, "method": method, "seed": seed, "draw": number}
     try:
-        scores = scoring.run(model, task, method, unit, seed=seed + 1000 * number, exact_facts=exact_facts)
+        drawn = scoring.seed_for(site, seed, number)
+        scores = scoring.run(model, task, method, unit, seed=drawn, exact_facts=exact_facts)
         values = at_unit(scores, unit, model)
     except LoceditError as error:
         return [Record(**about, measure=measure, reason=str(error)) for measure in MEASURES]

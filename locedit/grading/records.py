@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from locedit.grading.statistics import Interval, over_seeds
+from locedit.grading.statistics import Interval, at_the_end, over_seeds
 
 Verdict = Literal["above chance", "below chance", "not told from chance", "one seed", "-"]
 
@@ -84,8 +84,10 @@ def _row(key: tuple[str, str, str, str], records: Sequence[Record]) -> Row:
     low, high = BOUNDS.get(names["measure"], (-1.0, 1.0))
     value = over_seeds(_by_seed(there, lambda record: record.value or 0.0)).within(low, high)
     above = over_seeds(_by_seed(there, lambda record: (record.value or 0.0) - record.chance))
-    if names["measure"] in BOUNDS:
-        above = above.within(low - chance, high - chance)
+    above = above.within(low - chance, high - chance)
+    if value.low == value.high and value.value in BOUNDS.get(names["measure"], ()):
+        value = at_the_end(value.value, (low, high), trials=len(there))
+        above = Interval(above.value, value.low - chance, value.high - chance)
     return Row(
         **names,
         **value._asdict(),

@@ -71,7 +71,8 @@ class Seed:
 
     def _scores(self, method: str, unit: Unit) -> Scores:
         """Of a localizer on the target; one that has no such unit is run once for all of them."""
-        options = scoring.options_for(method, unit, seed=self.seed)
+        seed = scoring.seed_for("target", self.seed)
+        options = scoring.options_for(method, unit, seed=seed)
         name = f"{method}-{options.get('unit', 'own')}"
         if name not in self._known:
             self._known[name] = self.run.stage(
@@ -82,7 +83,7 @@ class Seed:
                     self.target.task,
                     method,
                     unit,
-                    seed=self.seed,
+                    seed=seed,
                     exact_facts=self.options.exact_facts,
                 ),
                 save=lambda scores, at: scores.save(at),
@@ -114,7 +115,7 @@ class Seed:
         found = self._records(f"{name}/knowledge", key, partial(self._knowledge, edit, site, number))
         with edit.applied(self.model) as model:
             for method in progress.track(self.methods, f"seed {self.seed}: localizers on planted {site}"):
-                options = scoring.options_for(method, SITES[site], seed=seed)
+                options = scoring.options_for(method, SITES[site], seed=scoring.seed_for(site, self.seed, number))
                 make = partial(self._graded, model, method, sets, site, number)
                 found += self._records(f"{name}/{method}", key | {"options": options}, make)
         return found

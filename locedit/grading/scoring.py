@@ -1,6 +1,7 @@
 """Running any localizer of the registry for a grading: at the unit asked for where it has it."""
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -27,6 +28,11 @@ def names_of(methods: str | Sequence[str]) -> tuple[str, ...]:
         if name not in LOCALIZERS:
             raise LoceditError(f"unknown localizer {name!r}; {nearest(name, LOCALIZERS)}")
     return tuple(dict.fromkeys(names))
+
+
+def seed_for(*about: object) -> int:
+    """A seed for what a localizer draws: its own for every place, seed and draw, so that luck is not shared."""
+    return zlib.crc32(" ".join(map(str, about)).encode())
 
 
 def options_for(name: str, unit: Unit, *, seed: int) -> dict[str, Any]:

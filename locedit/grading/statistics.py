@@ -89,6 +89,20 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def at_the_end(value: float, bounds: tuple[float, float], *, trials: int) -> Interval:
+    """The interval where all trials gave the same end of the possible range, and Student's has no width.
+
+    Were the mean further from the end than share * range, so many trials at the end would come with a probability of at
+    most (1 - share) ** trials (Clopper and Pearson 1934, for numbers and not only for yes and no): share solves 0.025.
+
+    >>> [round(number, 2) for number in at_the_end(1.0, (0.0, 1.0), trials=6)]
+    [1.0, 0.54, 1.0]
+    """
+    low, high = bounds
+    reach = (high - low) * (1 - 0.025 ** (1 / trials))
+    return Interval(value, value - reach, value) if value == high else Interval(value, value, value + reach)
+
+
 def t_quantile(freedom: int) -> float:
     """The 97.5 % quantile of Student's t: tabled below 10 degrees of freedom, then expanded about the normal's.
 

@@ -104,7 +104,21 @@ def cautions(grades: Grades) -> list[str]:
     return [
         f"Intervals are Student's t over the means of {count} seeds, 95 %, each for itself.{few}",
         f"{tests} comparisons: about {tests / 20:.0f} would leave out chance by luck alone.",
-        "An interval without width means that all seeds gave the same number.",
+        *_luck(grades),
+        "Where every set gave the end of the range, the interval is the binomial one over the sets; any other interval "
+        "without width means that all seeds gave the same number.",
+    ]
+
+
+def _luck(grades: Grades) -> list[str]:
+    """How often random scores were told from chance, which is what luck does here."""
+    rows = [row for where in grades.headlines() for row in grades.ranking(*where) if row.method == "random"]
+    judged = [row for row in rows if row.verdict in ("above chance", "below chance", "not told from chance")]
+    told = sum(row.verdict != "not told from chance" for row in judged)
+    if not told:
+        return []
+    return [
+        f"Random scores are told from chance in {told} of {len(judged)} of these, by luck: read the rest accordingly."
     ]
 
 
