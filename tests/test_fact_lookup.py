@@ -1,5 +1,6 @@
 """Fact lookup: the rules on curves and effects drawn by hand, and what the whole method returns."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,9 +17,10 @@ from locedit.localize.lookup.lookup_range import RangeRule, lookup_range
 from locedit.localize.lookup.path_effects import Effects, _measure, effects, permutations
 from locedit.localize.lookup.path_patching import Node
 from locedit.localize.lookup.states import EMBEDDING
-from locedit.localize.patching.pairs import PairOptions, measured, pairs_of
+from locedit.localize.patching.pairs import PairOptions, batch_of, measured, pairs_of
 from locedit.models import Model
 from tests import tiny
+from tests.test_pairs import people as born
 from tests.test_probes import facts
 
 # --- the range -------------------------------------------------------------------------------------------------------
@@ -213,6 +215,31 @@ def test_scores_are_the_effects_and_only_lookup_mlps_have_votes(architecture: st
         "reading layer"
     ]
     assert all(effect == 0.0 for effect in mlps["effect"][reading:])
+
+
+def test_facts_without_a_partner_are_not_among_the_examples() -> None:
+    """Carl's name has other lengths than the two that are swapped: nothing was measured of it."""
+    data = task_of(*born("anna", "dane", "carl"))
+    scores = localize(tiny.model("gpt2"), data, "fact_lookup", by="path_patching", unpaired="skip")
+    assert scores.examples == ("anna", "dane")
+    assert [int(vote) for vote in scores.votes.values()] == [2 * yes for yes in scores.evidence["mlps"]["chosen"]]
+
+
+def test_what_effects_are_a_share_of_is_told_with_its_sign() -> None:
+    model = tiny.model("gpt2")
+    turned = [dataclasses.replace(pair, answer=pair.wrong, wrong=pair.answer) for pair in PAIRS]
+    found: list[float] = []
+    for pairs in (PAIRS, turned):
+        table = localize(model, task_of(*pairs), "fact_lookup", by="path_patching").evidence["lookup"]
+        found.append(float(dict(zip(table["what"], table["value"], strict=True))["clean minus corrupt"]))
+    batch = batch_of(pairs_of(model, task_of(*PAIRS), PairOptions()))
+    with torch.no_grad():
+        clean, corrupt = (
+            measured(model.logits(side, at=batch.at), batch.answer, batch.wrong, kind="logit_difference")
+            for side in (batch.clean, batch.corrupt)
+        )
+    assert found[0] == pytest.approx(float((clean - corrupt).mean()), rel=1e-3)
+    assert found[1] == pytest.approx(-found[0], rel=1e-3)
 
 
 def test_the_lookup_set_is_what_was_chosen() -> None:

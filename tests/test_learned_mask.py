@@ -12,7 +12,7 @@ from locedit.data.items import Dataset, Fact, Task
 from locedit.edit.levels import levels
 from locedit.errors import LoceditError
 from locedit.localize import localize
-from locedit.localize.gates import HardConcrete
+from locedit.localize.gates import HardConcrete, gates
 from locedit.localize.learned_mask import bounded
 from locedit.losses import Scored, score, token_log_probs
 from locedit.models import Model
@@ -136,6 +136,14 @@ def test_hard_concrete_gates_find_it_too() -> None:
     model = planted("llama", "neuron")
     scores = localize(model, TASK, "learned_mask", gates="hard_concrete", steps=60)
     assert scores.top(1)[0][:2] == (f"blocks.{LAYER}.mlp.neuron", NEURON)
+
+
+def test_gates_are_open_at_the_start() -> None:
+    """Exactly: what is not trained has score 0, and is never selected."""
+    for kind in ("clamped", "hard_concrete"):
+        made = gates(kind, [1000], device=torch.device("cpu"), generator=torch.Generator().manual_seed(0))
+        assert made.values()[0].tolist() == [1.0] * 1000
+    assert float((made.draw()[0] < 1).float().mean()) == pytest.approx(0.29, abs=0.04)
 
 
 def test_the_price_of_hard_concrete_gates_is_how_often_they_are_below_one() -> None:

@@ -12,7 +12,7 @@ from locedit.components import Scores
 from locedit.data.items import PatchPair, Task
 from locedit.errors import LoceditError
 from locedit.localize import localize
-from locedit.localize.attribution_patching import AttributionPatchingOptions
+from locedit.localize.attribution_patching import AttributionPatchingOptions, _by_component
 from locedit.localize.patching.exact_patching import ExactOptions, memory, random_directions
 from locedit.localize.patching.node_patching import effects, run
 from locedit.localize.patching.nodes import POINTS, Patch, patches_of, places, points_of
@@ -322,6 +322,14 @@ def test_heads_add_up_to_their_attention_and_neurons_to_their_mlp() -> None:
             unit = parts.split(".")[1]
             total = by_unit[unit][f"blocks.{layer}.{parts}"].sum()
             torch.testing.assert_close(total[None], by_unit[whole][f"blocks.{layer}.{whole}"], atol=1e-4, rtol=1e-3)
+
+
+def test_products_of_small_numbers_in_half_precision_are_not_zero() -> None:
+    small = torch.full((1, 1, 4), 1e-4, dtype=torch.float16)
+    assert not bool((small * small).any())
+    neurons = _by_component("blocks.0.mlp.hook_post", small, small)
+    torch.testing.assert_close(neurons, torch.full((1, 1, 4), 1e-8), atol=0, rtol=2e-2)
+    assert float(_by_component("blocks.0.hook_mlp_out", small, small)) == pytest.approx(4e-8, rel=2e-2)
 
 
 def test_steps_average_the_gradient_between_the_two_embeddings() -> None:

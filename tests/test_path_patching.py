@@ -221,3 +221,15 @@ def test_models_without_skip_paths_are_refused_in_one_line() -> None:
             refuse(tiny.model(architecture, **more))
     for architecture in tiny.CAUSAL:
         refuse(tiny.model(architecture))
+
+
+@pytest.mark.parametrize("rows", [4, 7, 14])
+@pytest.mark.parametrize("mlps", ["free", "frozen"])
+def test_what_has_no_path_to_the_receiver_is_the_corrupt_run_to_the_last_bit(mlps: Any, rows: int) -> None:
+    """In float32 the same row gives other last bits in a pass of another size."""
+    model, batch = tiny.model("gpt2"), batch_of(pairs())
+    senders: list[Sender] = [(Node("mlp", 0),), (Node("mlp", 1),), (Node("mlp", 2),), (Node("head", 2, 1),), ()]
+    found = path_patch(model, batch, senders, receiver=1, mlps=mlps, measure=whole, rows=rows)
+    assert not torch.equal(found[0], found[-1])
+    for above in found[1:-1]:
+        assert torch.equal(above, found[-1])

@@ -132,6 +132,14 @@ def test_rounding_error_is_no_direction() -> None:
     assert [part.item() for part in beside] == pytest.approx([1, 0])
 
 
+def test_gradients_that_are_not_finite_are_an_error() -> None:
+    """Not scores of 0, as if nothing told the sides apart."""
+    good, bad = torch.ones(2, 3), torch.full((2, 3), float("nan"))
+    for first, second in ((bad, good), (good, bad / 0), (good, good * float("inf"))):
+        with pytest.raises(LoceditError, match="not finite; are there NaN weights"):
+            opposition([products(good, -good, axis=0), products(first, second, axis=0)])
+
+
 def test_unembedding_rows_by_hand() -> None:
     """The gradient of a logit is the last hidden state in the token's own row of the unembedding and 0 elsewhere."""
     model = edits.double("llama")

@@ -4,8 +4,9 @@ What is scored, for each component: the sum over its positions and dimensions of
 base run) times the gradient of the metric by the value in the base run (Nanda 2023; Syed et al. 2023,
 arXiv:2310.10348, section 3). That estimates what `activation_patching` of the same direction measures, with the same
 sign and normalisation: by default the base is the clean run, as in the code of Guo et al. 2024 (arXiv:2410.12949).
-Positive = the component carries the answer, averaged over the items. Scores of a unit's parts add up: those of a
-layer's heads to that of its attention, where no norm follows it, those of neurons to that of their MLP.
+Positive = the component carries the answer, averaged over the items. Scores of a unit's parts add up, those of a
+layer's heads to that of its attention and those of neurons to that of their MLP, where no norm follows what these put
+out (Gemma 2 and 3 have one).
 
 A batch takes one forward pass of the other run, and one forward and one backward pass of the base run. With `steps`
 above 1 the gradient is the mean over runs whose input embeddings lie between the two, at the left ends of equal steps:
@@ -140,16 +141,17 @@ def _products(
             metric, start = here.detach().cpu(), values["hook_embed"].detach()
             changes = {point: towards.values.pop(point) - values[point].detach() for point in points}
         for point, gradient in zip(points, gradients, strict=True):
-            product = _by_component(point, changes[point] * gradient) / options.steps
+            product = _by_component(point, changes[point], gradient) / options.steps
             found[point] = product if step == 0 else found[point] + product
     assert metric is not None
     return metric, found
 
 
-def _by_component(point: str, product: Tensor) -> Float[Tensor, "batch pos _"]:
-    """Neurons one by one, heads summed over their dimensions, whole vectors as one."""
-    if product.dtype != torch.float64:
-        product = product.float()
+def _by_component(point: str, change: Tensor, gradient: Tensor) -> Float[Tensor, "batch pos _"]:
+    """Neurons one by one, heads summed over their dimensions, whole vectors as one; in at least float32, because the
+    product of two small numbers is 0 in half precision."""
+    exact = torch.promote_types(change.dtype, torch.float32)
+    product = change.to(exact) * gradient.to(exact)
     if point.endswith("hook_post"):
         return product
     return product.sum(-1) if point.endswith("hook_z") else product.sum(-1, keepdim=True)

@@ -113,7 +113,8 @@ def fact_lookup(model: Model, task: Task, options: FactLookupOptions) -> Scores:
     if options.by != "probe":
         path_patching.refuse(model)
     task = without_choice(task)
-    paths = patched(model, task, pairs_of(model, task, options), options) if options.by != "probe" else None
+    pairs = pairs_of(model, task, options) if options.by != "probe" else None
+    paths = patched(model, task, pairs, options) if pairs else None
     probed, why = _probes(model, task, options)
     found = _range(model, probed, options) if probed else None
     gains = _gains(probed, options.probe_at) if probed else None
@@ -125,12 +126,12 @@ def fact_lookup(model: Model, task: Task, options: FactLookupOptions) -> Scores:
         evidence |= {"probe": probed.table(), "relations": probed.relations}
         evidence["agreement"] = _agreement(paths, gains, found)
     sites = model.sites("mlp")
-    items = task.pairs if paths and task.pairs is not None and task.pairs.kind == "patch" else task.forget
+    ids = [item.id for item in pairs or task.forget]
     return Scores(
         values={name: torch.tensor([value]) for name, value in zip(sites, values, strict=True)},
         sites=sites,
-        examples=tuple(item.id for item in items),
-        votes={name: torch.tensor([len(items) * (layer in chosen)]) for layer, name in enumerate(sites)},
+        examples=tuple(ids),
+        votes={name: torch.tensor([len(ids) * (layer in chosen)]) for layer, name in enumerate(sites)},
         evidence=evidence,
         fingerprint=model.fingerprint,
     )
@@ -269,6 +270,11 @@ def _path_rows(paths: Paths, options: FactLookupOptions) -> list[tuple[str, obje
             "given" if given else f"the larger of {options.mlp_share:g} of the largest effect and the null",
         ),
         ("null", null, "95 % quantile of the largest effect when items are measured by others' answers"),
+        (
+            "clean minus corrupt",
+            f"{paths.total:.4g}",
+            f"mean {options.metric}, of whose size effects are a share; below 0 the model does not know the answers",
+        ),
     ]
 
 

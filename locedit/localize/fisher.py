@@ -3,10 +3,11 @@
 What is scored: the diagonal empirical Fisher information of every weight, F = mean over the examples of (d loss / d
 weight)^2, where an example's loss is the mean (or the sum) over its scored tokens of -log p. Every example has its own
 gradient before it is squared. A component's score is the sum of F over the weights that training it would change: a
-neuron's in, gate and out; a head's q and o, and an equal part of the k and v of its group. So the neurons of an MLP, or
-its single weights, add up to the MLP. Sums say how much of the sensitivity a component holds, and favour large ones;
-`reduce="mean"` divides by the number of weights, which compares matrices of different sizes but puts biases and norms
-first, whose few weights act at every position. Within neurons or within heads the order is the same.
+neuron's in, gate and out; a head's q and o, and an equal part of the k and v of its group. So the single weights of an
+MLP add up to it, and so do its neurons but for the output bias, which is no neuron's. Sums say how much of the
+sensitivity a component holds, and favour large ones; `reduce="mean"` divides by the number of weights, which compares
+matrices of different sizes but puts biases and norms first, whose few weights act at every position. Within neurons or
+within heads the order is the same.
 
 `relative_fisher` asks what the forget data depends on and the retain data does not: R = F_forget / (F_retain + eps *
 mean F_retain) for every weight, summed over the component. For rows this is the square of the row weights of LoKU (Cha

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from locedit.errors import LoceditError
+
 ROUNDING = torch.finfo(torch.float32).eps
 "a gradient whose norm is at most this share of the longest vector's is rounding error, not a direction"
 
@@ -44,11 +46,14 @@ def opposition(found: Sequence[Products]) -> list[Float[Tensor, " vector"]]:
     opposite; 0 too where a vector has no gradient on one of the sides.
 
     What is at most `ROUNDING` of the longest vector of its side in any parameter is no gradient: the key bias of an
-    attention layer, which shifts all its logits alike, has an exact gradient of 0 and a computed one of 1e-9.
+    attention layer, which shifts all its logits alike, has an exact gradient of 0 and a computed one of 1e-9. (In half
+    precision the computed one is not that small, and such a bias has a cosine by chance.)
     """
     if not found:
         return []
     both, first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
+    if not bool((both + first + second).isfinite().all()):
+        raise LoceditError("the gradients of the two sides are not finite; are there NaN weights or an overflow?")
     pointing = (first > ROUNDING * first.max()) & (second > ROUNDING * second.max())
     cosine = torch.where(pointing, both / (first * second), 1.0).clamp(-1, 1)
     return list(((1 - cosine) / 2).split([len(part.both) for part in found]))

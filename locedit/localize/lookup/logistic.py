@@ -41,7 +41,7 @@ def logistic(
     classes: int,
     l2: float,
 ) -> Fit:
-    """Fit every problem; the result does not depend on which problems are solved together."""
+    """Fit every problem, until the last is solved: which are solved together matters up to TOLERANCE."""
     weights = weights.double()
     x = _rotated(_standard(features.double(), weights))
     x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from locedit.errors import LoceditError
 from locedit.localize.lookup.path_effects import Effects, Normalise, effects
 from locedit.localize.lookup.path_patching import Node
+from locedit.localize.patching.node_scores import SMALLEST_TOTAL
 from locedit.localize.patching.pairs import Pair, PairOptions
 from locedit.models import Model
 from locedit.scores import Table
@@ -66,6 +67,8 @@ class Paths:
     reading: int
     "L*"
     threshold: float
+    total: float
+    "mean metric of the clean minus that of the corrupt runs, whose size effects are a share of"
     null: float
     "NaN where there is none: a given threshold, or no two answers in a group"
 
@@ -88,8 +91,12 @@ def lookup_paths(
     run = partial(effects, model, pairs, options=options, owners=owners, groups=groups)
     nodes = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     by_head = run([(node,) for node in nodes], receiver=model.n_layers, mlps="free")
-    if not float(by_head.scale.mean()):
-        raise LoceditError("clean and corrupt prompts give the same logits: there is nothing to patch")
+    total = float(by_head.scale.mean())
+    if abs(total) < SMALLEST_TOTAL:
+        raise LoceditError(
+            f"clean and corrupt prompts give the same metric on average (difference {total:.2g}): there is nothing to "
+            "patch; use other items or another metric"
+        )
     value = by_head.normalised(by_head.change, rule.normalise)
     chosen = choose_heads(value, rule)
     reading = reading_layer([nodes[i].layer for i in chosen], rule)
@@ -117,7 +124,7 @@ def lookup_paths(
         "high": high,
         "chosen": [bool(v > 0) and bool(v >= threshold) for v in ordered],
     }
-    return Paths(heads=heads, mlps=mlps, reading=reading, threshold=threshold, null=null)
+    return Paths(heads=heads, mlps=mlps, reading=reading, threshold=threshold, total=total, null=null)
 
 
 def choose_heads(value: Float[torch.Tensor, " head"], rule: PathRule) -> list[int]:

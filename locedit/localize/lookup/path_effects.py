@@ -97,7 +97,10 @@ def effects(
 
 
 def permutations(groups: Sequence[str | None], *, seed: int) -> Int[Tensor, "item one_and_permutations"]:
-    """For every item the item whose answers are used: first its own, then another's of its group, at random."""
+    """For every item the item whose answers are used: first its own, then one's of its group, at random.
+
+    As permutations do, some leave an item its own answer, so a group with few answers has a high null.
+    """
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.arange(len(groups))]
     members = [torch.tensor([i for i, other in enumerate(groups) if other == name]) for name in dict.fromkeys(groups)]

@@ -108,20 +108,22 @@ def path_patch(
 
     Args:
         receiver: the layer before which the stream receives; n_layers = the stream after the last one. Nodes at or
-            above it have no path to it and change nothing.
+            above it have no path to it and change nothing, to the last bit.
         rows: rows of one forward pass, at most.
     """
     below = [tuple(node for node in sender if _enters(node) < receiver) for sender in senders]
-    plan = _Plan(model, below, receiver=receiver, mlps=mlps)
+    apart = list(dict.fromkeys(below))  # run once: the same row in another pass differs in its last bits
+    plan = _Plan(model, apart, receiver=receiver, mlps=mlps)
     runs = _record(model, batch, plan)
-    order = sorted((plan.entry[s], s, item) for s in range(len(senders)) for item in range(len(batch)))
+    order = sorted((plan.entry[s], s, item) for s in range(len(apart)) for item in range(len(batch)))
     found: dict[tuple[int, int], Tensor] = {}
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
         one = _Pass(model, plan, runs, part)
         values = measure(one.logits(), one.item).cpu()
         found |= {(s, item): value for (_, s, item), value in zip(part, values, strict=True)}
-    return torch.stack([torch.stack([found[s, item] for item in range(len(batch))]) for s in range(len(senders))])
+    each = [torch.stack([found[s, item] for item in range(len(batch))]) for s in range(len(apart))]
+    return torch.stack([each[apart.index(sender)] for sender in below])
 
 
 def _enters(node: Node) -> int:

@@ -96,7 +96,7 @@ def _swapped(fact: Fact, partner: Fact) -> Fact:
 
 
 def _fits(own: Example, other: Example, wrong: Example) -> bool:
-    """Equally many tokens, the same ones after the subject, and answers that a token tells apart."""
+    """Equally many tokens, subject and answer in the same places, and answers that a token tells apart."""
     assert own.subject is not None
     answer, false = (example.ids[example.spans[0].start : example.spans[0].end] for example in (own, wrong))
     apart = any(a != b for a, b in zip(answer, false, strict=False))
