@@ -121,11 +121,20 @@ def _words(kind: Any) -> list[str]:
     return [word for part in get_args(kind) for word in _words(part)] if get_origin(kind) is not tuple else []
 
 
+def _takes_several(kind: Any) -> bool:
+    """Whether a type is a sequence, or may be one.
+
+    >>> _takes_several(tuple[int, ...] | None), _takes_several(int | None)
+    (True, False)
+    """
+    return get_origin(kind) in (tuple, list) or any(get_origin(part) in (tuple, list) for part in get_args(kind))
+
+
 def _read(method: str, name: str, text: str, kind: Any) -> Any:
     """The value that `text` spells: the text itself where the type allows it, a Python literal, or a comma list."""
     if _fits(text, kind):
         return text
-    candidates = [text, f"({text},)" if get_origin(kind) in (tuple, list) else text]
+    candidates = [text, f"({text},)" if _takes_several(kind) else text]
     candidates = [{"true": "True", "false": "False", "none": "None"}.get(c.lower(), c) for c in candidates]
     for candidate in candidates:
         try:

@@ -279,6 +279,64 @@ def test_control_prompts_go_through_the_same_template(folder: Path) -> None:
     assert any(not torch.equal(plain.values[site], asked.values[site]) for site in plain.values)
 
 
+def test_items_that_are_left_out_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fact that has no partner to swap subjects with is not in the scores; without such facts nothing is said."""
+    facts = [
+        {"id": name, "prompt": f"{name} was born in", "answer": answer, "subject": name, "group": group}
+        for name, answer, group in (("Carl", " Oslo", "born"), ("Eva", " Lima", "born"), ("Nora", " Oslo", "alone"))
+    ]
+    every, paired = write_lines(tmp_path / "all.jsonl", facts), write_lines(tmp_path / "paired.jsonl", facts[:2])
+    words = ("--method", "attribution_patching", "--unit", "mlp", "--unpaired", "skip", "--out")
+    assert run("localize", folder / "model", every, *words, tmp_path / "a") == 0
+    assert "warning: 1 of 3 items are not in the scores: Nora" in capsys.readouterr().err
+    assert run("localize", folder / "model", paired, *words, tmp_path / "b") == 0
+    assert "not in the scores" not in capsys.readouterr().err
+
+
+def test_fewer_components_than_asked_for_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of MLPs by how much they bring an answer back are not all positive."""
+    facts = [
+        {"prompt": f"{name} was born in", "answer": answer, "subject": name}
+        for name, answer in (("Carl", " Oslo"), ("Eva", " Lima"))
+    ]
+    data = write_lines(tmp_path / "facts.jsonl", facts)
+    words = ("localize", folder / "model", data, "--method", "attribution_patching", "--unit", "neuron", "--out")
+    from locedit.scores import Scores
+
+    assert run(*words, tmp_path) == 0
+    scores = Scores.load(tmp_path / "localize" / "attribution_patching")
+    positive = sum(int((values > 0).sum()) for values in scores.values.values())
+    assert 0 < positive < len(scores)
+    capsys.readouterr()
+    assert run(*words, tmp_path, "--top", len(scores)) == 0
+    assert f"warning: attribution_patching: {positive} of the {len(scores)} components" in capsys.readouterr().err
+    assert run(*words, tmp_path / "b", "--top", 1) == 0
+    assert "components asked for" not in capsys.readouterr().err
+
+
+def test_a_window_of_more_layers_than_there_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"clean": "Carl was born in", "corrupt": "Eva was born in", "answer": " Oslo", "wrong": " Lima"}]
+    data = write_lines(tmp_path / "pairs.jsonl", rows)
+    words = ("--method", "activation_patching", "--unit", "mlp", "--window", 99, "--out", tmp_path / "o")
+    assert "window=99 is more than the" in failed(capsys, "localize", folder / "model", data, *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_control_prompts_are_checked_before_anything_is_scored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write_lines(tmp_path / "p.jsonl", [{"advantaged": "Carl said he", "disadvantaged": "Carl said she"}])
+    words = ("localize", folder / "model", folder / "facts.jsonl", "--method", "activation", "--top", 1)
+    out = tmp_path / "o"
+    assert "holds 'contrast'" in failed(capsys, *words, "--minus", pairs, "--out", out)
+    assert "none.jsonl" in failed(capsys, *words, "--minus", tmp_path / "none.jsonl", "--out", out)
+    assert not out.exists()
+
+
 def test_an_export_that_does_not_fit_on_the_disk(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

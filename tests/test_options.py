@@ -16,6 +16,7 @@ class Some:
     "where the points lie"
     lr: float = 1e-3
     grid: tuple[float, ...] = (1.0,)
+    layers: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
     keep: bool = True
 
@@ -25,6 +26,8 @@ def test_words_become_values() -> None:
     expected = {"steps": 20, "rule": "right", "lr": 5e-4, "grid": (1, 2.5), "names": ("a", "b"), "keep": False}
     assert parse(Some, words, method="m") == expected
     assert parse(Some, {"steps": "none", "grid": "3"}, method="m") == {"steps": None, "grid": (3,)}
+    for words, value in (("3", (3,)), ("3,4", (3, 4)), ("none", None)):
+        assert parse(Some, {"layers": words}, method="m") == {"layers": value}
 
 
 @pytest.mark.parametrize(

@@ -29,16 +29,18 @@ def localize_command(args: argparse.Namespace) -> None:
     options = {name: method_options(localizers(), name, args.extra, several=names) for name in names}
     budget = _budget(args, several=len(names) > 1)
     run_folder, model, task = start(args)
-    _estimate(run_folder, model, task, options)
+    _check_control(args, model, options)
+    items = _estimate(run_folder, model, task, options)
     scores = {name: _scored(run_folder, model, task, name, options[name]) for name in names}
     sets = _chosen(args, model, scores, options, budget)
     run_folder.write_once("run.json", about(args, model))
     if sets:
         _refuse_other_set(run_folder, sets[names[0]])
     for name in names:
-        _say_scores(run_folder.folder / "localize" / name, scores[name])
+        _say_scores(run_folder.folder / "localize" / name, scores[name], items[name])
         if name in sets:
             sets[name].save(run_folder.folder / "localize" / name / "components.json")
+            _say_fewer(name, sets[name], top=args.top, sign=args.sign)
     if len(names) > 1:
         _compare(run_folder, scores, sets, rule=_words(budget, args.sign))
     if sets:
@@ -107,19 +109,23 @@ def _for_all(names: Mapping[str, Any] | Sequence[str], act: Callable[[str], Any]
     return found
 
 
-def _estimate(run_folder: Run, model: Model, task: Task, options: Options) -> None:
-    """Whether every method can run on this model and data, and what those that are not there yet will take."""
+def _estimate(run_folder: Run, model: Model, task: Task, options: Options) -> dict[str, list[str]]:
+    """Whether every method can run on this model and data, and what those that are not there yet will take.
+
+    Gives the ids of the items that each reads.
+    """
     from locedit.localize import estimate, prepare
 
     ready = _for_all(options, lambda name: prepare(model, task, name, **options[name]), "cannot run")
     there = _for_all(options, lambda name: run_folder.has(*_stage(model, task, name, options[name])), "cannot run")
     todo = [name for name in options if not there[name]]
     costs = _for_all(todo, lambda name: estimate(model, task, name, **options[name]), "cannot run")
+    items = {name: [item.id for item in method.reads(read)[1]] for name, (method, read, _) in ready.items()}
     for name, (seconds, size) in costs.items():
-        method, read, _ = ready[name]
-        count = len(method.reads(read)[1])
+        count = len(items[name])
         cost = f"about {duration(seconds)} and {size / 2**30:.2f} GiB beside the model"
         note(f"{name}: {count} item{'s' * (count > 1)}, {cost}")
+    return items
 
 
 def _stage(model: Model, task: Task, name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -138,13 +144,25 @@ def _scored(run_folder: Run, model: Model, task: Task, name: str, options: dict[
     )
 
 
-def _control_scores(args: argparse.Namespace, model: Model, name: str, options: dict[str, Any]) -> Scores | None:
+def _control(args: argparse.Namespace) -> Task | None:
     if not args.minus:
         return None
+    control = read_task(args.minus, args.fields)
+    return control.with_chat(args.chat) if args.chat != "off" else control
+
+
+def _check_control(args: argparse.Namespace, model: Model, options: Options) -> None:
+    from locedit.localize import prepare
+
+    if control := _control(args):
+        _for_all(options, lambda name: prepare(model, control, name, **options[name]), "cannot read --minus")
+
+
+def _control_scores(args: argparse.Namespace, model: Model, name: str, options: dict[str, Any]) -> Scores | None:
     from locedit.localize import localize
 
-    control = read_task(args.minus, args.fields)
-    return localize(model, control.with_chat(args.chat) if args.chat != "off" else control, name, **options)
+    control = _control(args)
+    return None if control is None else localize(model, control, name, **options)
 
 
 # --- what is written and said ----------------------------------------------------------------------------------------
@@ -164,12 +182,32 @@ def _save_set(run_folder: Run, chosen: ComponentSet, *, by: str) -> None:
     note(f"{path}: {chosen}, by {by}" + (f"; {beyond}" if beyond else ""))
 
 
-def _say_scores(folder: Path, scores: Scores) -> None:
+def _say_scores(folder: Path, scores: Scores, items: Sequence[str]) -> None:
+    """The best components, and what their scores do not say: items left out, answers that the model does not give."""
     from locedit.localize.known import warning
 
     note(f"{folder}: {scores}")
+    if line := _left_out(scores.examples, items):
+        note(line)
     if line := warning(scores):
         note(line)
+
+
+def _say_fewer(name: str, chosen: ComponentSet, *, top: int | None, sign: str) -> None:
+    if top is not None and len(chosen) < top:
+        kind = "" if sign == "absolute" else f"{sign} "
+        note(f"warning: {name}: {len(chosen)} of the {top} components asked for; no others have a {kind}score to go by")
+
+
+def _left_out(scored: Sequence[str], items: Sequence[str]) -> str | None:
+    """A line where a method scored only some of the items it was given; None where it reads none, or parts of them."""
+    used = set(scored)
+    left = [item for item in items if item not in used]
+    if not used or not left or not used <= set(items):
+        return None
+    return f"warning: {len(left)} of {len(items)} items are not in the scores: {', '.join(left[:3])}" + (
+        ", ..." if len(left) > 3 else ""
+    )
 
 
 def _compare(run_folder: Run, scores: Mapping[str, Scores], sets: Mapping[str, ComponentSet], *, rule: str) -> None:

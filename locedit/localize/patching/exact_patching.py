@@ -73,6 +73,8 @@ class Measured:
 
 def exact(model: Model, task: Task, options: ExactOptions, *, base: Side, what: str) -> Scores:
     """Scores of every component, from patching the base side with values of the other."""
+    if options.window > model.n_layers:
+        raise LoceditError(f"window={options.window!r} is more than the {model.n_layers} layers there are")
     pairs = corruptions(model, task, options)
     found = _Found(model, options)
     patches = patches_of(model, options.unit, window=options.window)
