@@ -206,7 +206,9 @@ def _check(scores: Scores, *, sign: str, fill: str, **budgets: float | None) -> 
     if (k := budgets["top"]) is not None and k > len(scores):
         raise LoceditError(f"top={k} is more than the {len(scores)} components there are")
     if budgets["shared"] is not None and not scores.votes:
-        raise LoceditError("shared= needs votes, which these scores do not have; depn and knowledge_neurons keep them")
+        raise LoceditError(
+            "shared= needs votes, which these scores do not have; depn, knowledge_neurons and fact_lookup keep them"
+        )
 
 
 def _nothing(scores: Scores, *, sign: str, shared: float | None, params: int | None) -> str:
