@@ -1,6 +1,6 @@
 """Does it matter which rows PCGU updates? The planted-bias world, at the same drop of the association.
 
-    python -m analyses.planted_bias [--arch gpt2,bert] [--labs 0] [--share 0.086] [--seeds 0,1,2] [--out runs/bias]
+    python -m analyses.planted_bias [--arch gpt2,bert] [--labs 0] [--share 0.086] [--seeds 0,1,2] [--out FOLDER]
 
 The lab's professions are spoken of as "he" or "she" with planted frequencies. The PCGU update (AdamW, so that it works
 in any rows) lowers the association of the forget professions in the frames of the training text, inside
