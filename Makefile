@@ -30,8 +30,8 @@ notebooks: $(VENV)/.dev
 	$(BIN)/python analyses/run_notebooks.py
 
 bench: $(VENV)/.dev
-	for name in integrated_gradients fisher pcgu patching path_patching restricted_step; do \
-	  $(BIN)/python -m benchmarks.$$name || exit 1; done
+	missed=0; for name in integrated_gradients fisher pcgu patching path_patching restricted_step; do \
+	  $(BIN)/python -m benchmarks.$$name || missed=1; done; exit $$missed
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
