@@ -37,9 +37,8 @@ from locedit.data.encode import batches, encode
 from locedit.data.items import Dataset, Task
 from locedit.losses import score, token_log_probs
 from locedit.models import Model
+from locedit.ranks import t_quantile
 
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042}
-"97.5 % quantile of Student's t by degrees of freedom; between two of them the lower one's, which is wider"
 OPTIMIZER: dict[str, Any] = {"optimizer": "adamw", "batch_size": 16, "clip": None, "eval_every": 1}
 SETS = (
     "pcgu",
@@ -174,15 +173,11 @@ def runs(world: World, args: argparse.Namespace, *, seed: int) -> Iterator[Row]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def quantile(freedom: float) -> float:
-    return T_975[max(key for key in T_975 if key <= max(1.0, freedom))]
-
-
 def interval(values: Sequence[float]) -> str:
     """Mean and half the width of its 95 % interval."""
     if len(values) < 2:
         return f"{mean(values):.3f}" if values else "-"
-    return f"{mean(values):.3f} ± {quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)):.3f}"
+    return f"{mean(values):.3f} ± {t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def difference(other: Sequence[float], own: Sequence[float]) -> tuple[float, float, float] | None:
@@ -194,7 +189,7 @@ def difference(other: Sequence[float], own: Sequence[float]) -> tuple[float, flo
     if error == 0:
         return gap, gap, gap
     freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (other, own), strict=True))
-    return gap, gap - quantile(freedom) * error, gap + quantile(freedom) * error
+    return gap, gap - t_quantile(freedom) * error, gap + t_quantile(freedom) * error
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

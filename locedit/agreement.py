@@ -1,6 +1,7 @@
 """How far localizers agree: which components they choose at one budget, and how they rank them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from locedit.components import ComponentSet, Scores, Touched, Unit, covered, union_mask
 from locedit.errors import LoceditError
 from locedit.matching import matched, table
+from locedit.ranks import spearman
 from locedit.storage import read_json, write_json
 
 SHARE = 0.01
@@ -154,12 +156,12 @@ def rank_correlation(left: Scores, right: Scores) -> tuple[float | None, str]:
     if names:
         a, b = (torch.cat([scores.values[name].reshape(-1) for name in names]) for scores in (left, right))
         units: list[Unit] = [left.sites[name].unit for name in names]
-        return spearman(a, b), f"{len(a):,} components ({', '.join(dict.fromkeys(units))})"
+        return correlation(a, b), f"{len(a):,} components ({', '.join(dict.fromkeys(units))})"
     layers = any(site.unit == "layer" for scores in (left, right) for site in scores.sites.values())
     mine, other = (_coarse(scores, layers=layers) for scores in (left, right))
     places = [place for place in mine if place in other]
     a, b = (torch.tensor([values[place] for place in places]) for values in (mine, other))
-    return spearman(a, b), f"{len(places)} {'layers' if layers else 'modules'}"
+    return correlation(a, b), f"{len(places)} {'layers' if layers else 'modules'}"
 
 
 def _coarse(scores: Scores, *, layers: bool) -> dict[str, float]:
@@ -181,25 +183,10 @@ def _place(site: str, *, layers: bool) -> str:
     return ".".join(site.split(".")[: 2 if layers else 3])
 
 
-def spearman(left: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> float | None:
-    """Spearman's rank correlation; None for fewer than three values or where all of one side are equal.
-
-    >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 2.0]))
-    0.5
-    """
-    if len(left) < 3:
-        return None
-    a, b = (_ranks(values) for values in (left, right))
-    a, b = a - a.mean(), b - b.mean()
-    size = float((a.square().sum() * b.square().sum()).sqrt())
-    return round(float(a @ b) / size, 12) if size else None
-
-
-def _ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Rank from 1, float64; equal values share the mean of their ranks."""
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[which]
+def correlation(left: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> float | None:
+    """Spearman's rank correlation; None for fewer than three values or where all of one side are equal."""
+    rho = spearman(left, right) if len(left) > 2 else math.nan
+    return None if math.isnan(rho) else round(rho, 12)
 
 
 def _tuples(value: Any) -> Any:

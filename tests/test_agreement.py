@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locedit.agreement import Agreement, agreement, overlaps, rank_correlation, spearman
+from locedit.agreement import Agreement, agreement, correlation, overlaps, rank_correlation
 from locedit.components import ComponentSet, Scores
 from locedit.data.items import Fact
 from locedit.errors import LoceditError
@@ -27,12 +27,12 @@ def draws(model: Model, unit: str, seeds: range) -> list[Scores]:
 
 def test_spearman_by_hand() -> None:
     """1 - 6 * sum of squared rank differences / (n (n^2 - 1)) without ties; with ties the ranks are shared."""
-    assert spearman(torch.tensor([10.0, 20.0, 30.0, 40.0]), torch.tensor([1.0, 2.0, 4.0, 3.0])) == pytest.approx(0.8)
-    assert spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 4.0, 1.0])) == -1
-    tied = spearman(torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert correlation(torch.tensor([10.0, 20.0, 30.0, 40.0]), torch.tensor([1.0, 2.0, 4.0, 3.0])) == pytest.approx(0.8)
+    assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 4.0, 1.0])) == -1
+    tied = correlation(torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert tied == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert spearman(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0])) is None
-    assert spearman(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])) is None
+    assert correlation(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0])) is None
+    assert correlation(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])) is None
 
 
 def test_overlap_of_one_unit_and_its_chance(model: Model) -> None:
@@ -71,7 +71,7 @@ def test_ranks_over_what_both_score(model: Model) -> None:
     neurons = draws(model, "neuron", range(2))
     value, over = rank_correlation(*neurons)
     flat = [torch.cat([v for v in scores.values.values()]) for scores in neurons]
-    assert value == spearman(*flat)
+    assert value == correlation(*flat)
     assert over == "240 components (neuron)"
     mlps, heads = draws(model, "mlp", range(1))[0], draws(model, "head", range(1))[0]
     mixed = Scores(values=heads.values | mlps.values, sites=heads.sites | mlps.sites)
@@ -84,7 +84,7 @@ def test_ranks_over_what_both_score(model: Model) -> None:
         )
         for s in (neurons[0], rows)
     ]
-    assert value == spearman(*sums)
+    assert value == correlation(*sums)
     assert over == "3 modules"
     assert rank_correlation(neurons[0], draws(model, "layer", range(1))[0])[1] == "3 layers"
     assert rank_correlation(neurons[0], heads)[0] is None

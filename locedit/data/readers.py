@@ -7,7 +7,7 @@ from typing import cast
 from locedit.data.bias import is_stereoset, read_stereoset
 from locedit.data.fields import Place, Record, build, detect, parse_fields, parse_json, rename
 from locedit.data.files import SUFFIXES, check_exists, read_text
-from locedit.data.items import Dataset, Item, PlainText
+from locedit.data.items import Dataset, Item
 from locedit.data.published import published_format, read_arrays
 from locedit.data.tables import DELIMITERS, read_table, unpack
 from locedit.data.winogender import pair_format
@@ -118,11 +118,3 @@ def _dataset(path: Path, items: list[tuple[Place, Item]]) -> Dataset:
             raise place.error(f"was given before, in {seen[item.id].name}", field="id", value=item.id)
         seen[item.id] = place
     return Dataset(items=tuple(item for _, item in items), source=str(path))
-
-
-def plain_texts(texts: list[str], *, source: str) -> Dataset:
-    """Plain texts held in memory as a data set."""
-    return Dataset(
-        items=tuple(PlainText(text=text, id=f"{source}:{number}") for number, text in enumerate(texts, start=1)),
-        source=source,
-    )

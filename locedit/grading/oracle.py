@@ -24,9 +24,9 @@ from locedit.edit import Edit, train
 from locedit.grading.accuracy import accuracy
 from locedit.grading.options import GradeOptions
 from locedit.grading.records import Record
-from locedit.grading.statistics import spearman
 from locedit.grading.worlds import Target
 from locedit.models import Model
+from locedit.ranks import spearman
 from locedit.unlearn import objective_of
 from locedit.unlearn.injection import InjectionOptions, loss, new_answers
 

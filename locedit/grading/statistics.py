@@ -1,4 +1,4 @@
-"""Numbers that say how well a ranking finds a set, how far two rankings agree, and how sure a mean over seeds is."""
+"""Numbers that say how well a ranking finds a set, and how sure a mean over seeds is."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom"
-NORMAL_QUANTILE = 1.959964
+from locedit.ranks import midranks, t_quantile
 
 
 class Interval(NamedTuple):
@@ -23,17 +21,6 @@ class Interval(NamedTuple):
     def within(self, low: float, high: float) -> "Interval":
         """The part of the interval that is possible; NaN ends stay."""
         return Interval(self.value, *(min(max(end, low), high) if end == end else end for end in self[1:]))
-
-
-def midranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Ranks from 1 for the smallest; equal values share the mean of their ranks.
-
-    >>> midranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
-    [2.5, 1.0, 2.5]
-    """
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def roc_auc(values: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
@@ -63,18 +50,6 @@ def recall_at(values: Float[Tensor, " n"], truth: Bool[Tensor, " n"], *, k: int)
     return (int((above & truth).sum()) + share * int((tied & truth).sum())) / int(truth.sum())
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation: Pearson's of the midranks; NaN where either is all alike.
-
-    >>> spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
-    0.5
-    """
-    ranks = torch.stack([midranks(torch.tensor(values, dtype=torch.float64)) for values in (first, second)])
-    centred = ranks - ranks.mean(1, keepdim=True)
-    spread = float(centred.square().sum(1).prod().sqrt())
-    return float(centred.prod(0).sum()) / spread if spread else math.nan
-
-
 def over_seeds(values: Sequence[float]) -> Interval:
     """Mean and Student's 95 % interval, one value a seed: mean +- t * s / sqrt(n) with n - 1 degrees of freedom.
 
@@ -101,16 +76,3 @@ def at_the_end(value: float, bounds: tuple[float, float], *, trials: int) -> Int
     low, high = bounds
     reach = (high - low) * (1 - 0.025 ** (1 / trials))
     return Interval(value, value - reach, value) if value == high else Interval(value, value, value + reach)
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: tabled below 10 degrees of freedom, then expanded about the normal's.
-
-    The expansion (Abramowitz and Stegun 26.7.5, three terms) is right to 1e-3 from there on.
-    """
-    if freedom <= len(T_QUANTILES):
-        return T_QUANTILES[freedom - 1]
-    z = NORMAL_QUANTILE
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
