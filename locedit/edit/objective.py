@@ -31,6 +31,10 @@ class Step:
     "for whatever the loss draws at random"
     held: Held
     cache: "ReferenceCache"
+    others: Mapping[str, Batch] = field(default_factory=dict[str, Batch])
+    "batches of the objective's other data, by name"
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    "what a loss carries from one step to the next (tensors, numbers, strings), empty at the start"
 
     def score(self, batch: Batch) -> Scored:
         """The scored tokens of a batch under the model being edited."""
@@ -49,6 +53,19 @@ class Step:
 Loss = Callable[[Step], dict[str, Tensor]]
 """A step's loss as named terms, already weighted; their sum is minimised."""
 
+Stop = Callable[[Model], tuple[dict[str, float], bool]]
+"""A stopping rule: the edited model as it would be saved -> (columns for the history, whether to stop)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matched:
+    """Data that belong to forget examples, such as other answers to the same prompts."""
+
+    candidates: Mapping[Example, Sequence[Example]]
+    "forget example -> at least `count` examples"
+    count: int = 1
+    "how many of them are drawn at random for each forget example of a batch, all different"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
@@ -65,6 +82,11 @@ class Objective:
     "the loss's own options, for the record"
     hash: str = ""
     "of the data"
+    others: Mapping[str, Sequence[Example] | Matched] = field(default_factory=dict[str, Sequence[Example] | Matched])
+    """given to the loss as `step.others`: a sequence in shuffled batches of its own, matched examples in the order of
+    the batch's forget examples, `count` after one another for each"""
+    stop: Stop | None = None
+    "asked whenever levels are measured; training stops when it says so"
     together: int = 1
     "how many neighbouring forget examples stay in one batch, where they count as one: 2 for the sides of pairs"
 
@@ -97,6 +119,33 @@ class ReferenceCache:
         row = members[batch.scored.nonzero()[:, 0]]
         labels = batch.labels[batch.scored]
         return Scored(logits=logits, labels=labels.to(logits.device), row=row.to(logits.device), rows=batch.examples)
+
+
+class Others:
+    """The batches of an objective's other data that go with a forget batch."""
+
+    def __init__(
+        self, others: Mapping[str, Sequence[Example] | Matched], size: int, generator: torch.Generator
+    ) -> None:
+        self.generator = generator
+        self.matched = {name: data for name, data in others.items() if isinstance(data, Matched)}
+        self.pools = {
+            name: Shuffled(data, size, generator) for name, data in others.items() if not isinstance(data, Matched)
+        }
+
+    def batches(self, model: Model, forget: Batch) -> dict[str, Batch]:
+        """Name -> the next batch on the model's device."""
+        drawn = {name: self._draw(data, forget) for name, data in self.matched.items()}
+        found = {name: collate(examples, model).to(model.device) for name, examples in drawn.items()}
+        return found | {name: pool.batch(model) for name, pool in self.pools.items()}
+
+    def _draw(self, data: Matched, forget: Batch) -> list[Example]:
+        found: list[Example] = []
+        for example in forget.examples:
+            candidates = data.candidates[example]
+            order = torch.randperm(len(candidates), generator=self.generator).tolist()
+            found += [candidates[i] for i in order[: data.count]]
+        return found
 
 
 class Shuffled:

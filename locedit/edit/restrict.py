@@ -50,6 +50,9 @@ class Held:
         """(holders, parameter, stand-in) of everything that acts by a stand-in."""
         return []
 
+    def constrain(self) -> None:
+        """Bring the parameters back into the allowed set; called after every optimizer step."""
+
     @contextmanager
     def active(self) -> Generator[None]:
         """The change acts on every forward in the block. Go backward inside it too: checkpointing runs forwards."""

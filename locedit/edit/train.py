@@ -20,7 +20,7 @@ from locedit.components import ComponentSet, Table
 from locedit.edit.adapter import Factors
 from locedit.edit.edit import Edit, Patch
 from locedit.edit.levels import LEVELS, Level, levels
-from locedit.edit.objective import Objective, ReferenceCache, Shuffled, Step
+from locedit.edit.objective import Objective, Others, ReferenceCache, Shuffled, Step
 from locedit.edit.regions import regions, require_same_model, whole
 from locedit.edit.restrict import Deltas, Path, frozen, require_gradient
 from locedit.errors import LoceditError, nearest
@@ -152,6 +152,8 @@ class Run:
         together = objective.together
         self.forget = Shuffled(objective.forget, options.batch_size, self.generator, together=together)
         self.retain = Shuffled(objective.retain, options.batch_size, self.generator) if objective.retain else None
+        self.others = Others(objective.others, options.batch_size, self.generator)
+        self.state: dict[str, Any] = {}
         self.cache = ReferenceCache(model.causal)
         self.rows: list[dict[str, float | None]] = []
         self.unreached = 0
@@ -189,18 +191,22 @@ class Run:
         if self.options.weight_decay:
             self.held.decay(rate * self.options.weight_decay, towards=self.options.decay)
         self.optimizer.step()
+        self.held.constrain()
         return {"step": number, "learning_rate": rate, "loss": sum(terms.values()), **terms, "gradient_norm": norm}
 
     def _backward(self, number: int) -> dict[str, float]:
         """Forward and backward of one batch; returns the value of each loss term."""
+        forget = self.forget.batch(self.model)
         step = Step(
             number=number,
-            forget=self.forget.batch(self.model),
+            forget=forget,
             retain=self.retain.batch(self.model) if self.retain else None,
             model=self.model,
             generator=self.generator,
             held=self.held,
             cache=self.cache,
+            others=self.others.batches(self.model, forget),
+            state=self.state,
         )
         with torch.enable_grad(), self.held.active():
             terms = self.objective.loss(step)
@@ -213,13 +219,17 @@ class Run:
     def _record(self, row: dict[str, float | None], *, measured: bool) -> None:
         """Add a row to the history, with the levels of the edit as saved; note whether the forget level is reached."""
         probes = self.objective.probes if measured else {}
-        if probes:
+        stop = self.objective.stop if measured else None
+        if probes or stop:
             with self.held.saved():
                 row = row | levels(self.model, probes, level=self.options.level)
+                columns, stopped = stop(self.model) if stop is not None else ({}, False)
+                row = row | columns
+                self.reached = stopped if stop is not None else None
         self.rows.append(row)
         level = row.get("forget") if probes else None
         if self.options.until is not None and level is not None:
-            self.reached = level <= self.options.until
+            self.reached = bool(self.reached) or level <= self.options.until
 
     def _warn(self) -> None:
         lost, name, until = self.held.lost(), self.objective.name, self.options.until

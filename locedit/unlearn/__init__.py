@@ -164,6 +164,8 @@ def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective
         learns=None if method.learns is None else method.learns(task),
         retain=used,
         pairs=method.pairs,
+        others=None if method.others is None else method.others(model, task, options),
+        stop=None if method.stop is None else method.stop(model, task, options),
     )
 
 

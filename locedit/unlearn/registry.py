@@ -12,7 +12,7 @@ from locedit.contrasts import are_pairs
 from locedit.data.encode import Example, encode
 from locedit.data.items import KINDS, Dataset, Task
 from locedit.edit.edit import Edit
-from locedit.edit.objective import Loss, Objective, Step
+from locedit.edit.objective import Loss, Matched, Objective, Step, Stop
 from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError
 from locedit.losses import Scored
@@ -55,6 +55,12 @@ class Method:
     "kinds of forget items that it can read; empty = any. Where they do not fit, the task's pairs stand for them"
     pairs: bool = False
     "whether the loss sees both sides of contrast pairs, two by two; else what is to be forgotten, the advantaged side"
+    others: Callable[[Model, Task, Any], Mapping[str, Sequence[Example] | Matched]] | None = None
+    "(model, task, options) -> data beside forget and retain, which the loss sees as step.others"
+    stop: Callable[[Model, Task, Any], Stop | None] | None = None
+    "(model, task, options) -> a stopping rule of its own, or None for none"
+    verify: Callable[[Task, Any], None] | None = None
+    "(task, options): raise LoceditError when the task cannot serve the options; needs no model"
     finish: Callable[[Model, Edit, Any], Edit] | None = None
     "(model, trained edit, options) -> the edit as it is returned"
 
@@ -80,6 +86,8 @@ class Method:
             raise LoceditError(
                 f"{name} needs forget items of kind {wanted}; {task.forget.source} holds {task.forget.kind!r}"
             )
+        if self.verify is not None:
+            self.verify(task, options)
 
 
 def objective_of(
@@ -92,6 +100,8 @@ def objective_of(
     retain: bool = False,
     pairs: bool = False,
     settings: Mapping[str, Any] | None = None,
+    others: Mapping[str, Sequence[Example] | Matched] | None = None,
+    stop: Stop | None = None,
 ) -> Objective:
     """The trainer's objective for a loss, for losses and for the trained steps of a recipe.
 
@@ -111,6 +121,8 @@ def objective_of(
         probes={"forget": forget} | ({"retain": kept} if kept else {}),
         name=name,
         settings=settings or {},
+        others=others or {},
+        stop=stop,
         hash=task.hash,
     )
 
