@@ -58,6 +58,17 @@ def token_log_probs(scored: Scored) -> Float[Tensor, " n"]:
     return logits.gather(1, scored.labels[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
+def without_label(logits: Float[Tensor, "n vocab"], labels: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+    """The logits with minus infinity at each row's label, so that its softmax is that of all other tokens."""
+    return logits.scatter(1, labels[:, None], -torch.inf)
+
+
+def log_complements(logits: Float[Tensor, "n vocab"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """log(1 - p) of each label in nats, from the other tokens, so that it is finite where p rounds to 1."""
+    logits = precise(logits)
+    return without_label(logits, labels).logsumexp(1) - logits.logsumexp(1)
+
+
 def sequence_nll(scored: Scored, *, reduction: Literal["mean", "sum"] = "mean") -> Float[Tensor, " rows"]:
     """Negative log-likelihood of each example in nats, mean or sum over its scored tokens.
 
@@ -76,10 +87,17 @@ def per_example(
     scored: Scored, values: Float[Tensor, " n"], *, reduction: Literal["mean", "sum"] = "mean"
 ) -> Float[Tensor, " rows"]:
     """A value of each scored token, mean or sum over the tokens of each example."""
-    totals = values.new_zeros(len(scored.rows)).index_add(0, scored.row, values)
+    return grouped(values, scored.row, len(scored.rows), reduction=reduction)
+
+
+def grouped(
+    values: Float[Tensor, " n"], row: Int[Tensor, " n"], rows: int, *, reduction: Literal["mean", "sum"] = "mean"
+) -> Float[Tensor, " rows"]:
+    """Mean or sum of the values that have the same number in `row`, for the numbers below `rows`."""
+    totals = values.new_zeros(rows).index_add(0, row, values)
     if reduction == "sum":
         return totals
-    return totals / torch.bincount(scored.row, minlength=len(scored.rows)).to(totals)
+    return totals / torch.bincount(row, minlength=rows).to(totals)
 
 
 def kl(logits: Float[Tensor, "n vocab"], reference: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:

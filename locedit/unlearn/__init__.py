@@ -17,7 +17,7 @@ from locedit.edit.train import TrainOptions, train
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model
 from locedit.unlearn import grad_diff, gradient_ascent, injection, npo, pcgu
-from locedit.unlearn.registry import Method, RetainOptions, nll, objective_of, retain_terms
+from locedit.unlearn.registry import ForgetOptions, Method, RetainOptions, nll, objective_of, retain_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     ),
     "grad_diff": Method(
         function=grad_diff.loss,
-        options=grad_diff.GradDiffOptions,
+        options=ForgetOptions,
         requires=("forget", "retain"),
         paper="Liu et al. 2022, arXiv:2203.12817",
     ),

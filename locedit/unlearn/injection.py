@@ -8,15 +8,12 @@ from locedit import losses
 from locedit.data.items import Dataset, Fact, Task
 from locedit.edit.objective import Step
 from locedit.errors import LoceditError
-from locedit.unlearn.registry import RetainOptions, retain_terms
+from locedit.unlearn.registry import ForgetOptions, retain_terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InjectionOptions(RetainOptions):
-    """Weights of the two sides."""
-
-    forget_weight: float = 1.0
-    "of the likelihood of the new answers"
+class InjectionOptions(ForgetOptions):
+    """The forget term is the likelihood of the new answers."""
 
 
 def new_answers(task: Task) -> Dataset:

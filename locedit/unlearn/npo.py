@@ -8,22 +8,19 @@ from torch.nn.functional import logsigmoid
 
 from locedit import losses
 from locedit.edit.objective import Step
-from locedit.errors import LoceditError
-from locedit.unlearn.registry import RetainOptions, retain_terms
+from locedit.unlearn.registry import ForgetOptions, above_zero, retain_terms
 
 
 @dataclass(frozen=True, kw_only=True)
-class NpoOptions(RetainOptions):
+class NpoOptions(ForgetOptions):
     """NPO's own options beside those of training."""
 
     beta: float = 0.1
     "inverse temperature; towards 0 the loss becomes gradient ascent"
-    forget_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta > 0:
-            raise LoceditError(f"beta={self.beta!r} must be above 0")
+        above_zero(self, "beta")
 
 
 def npo(log_prob: Float[Tensor, " rows"], reference: Float[Tensor, " rows"], *, beta: float = 0.1) -> Float[Tensor, ""]:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from locedit import losses
 from locedit.contrasts import are_pairs
-from locedit.data.encode import Example, encode
+from locedit.data.encode import Batch, Example, Span, collate, encode
 from locedit.data.items import KINDS, Dataset, Task
 from locedit.edit.edit import Edit
 from locedit.edit.objective import Loss, Matched, Objective, Step, Stop
 from locedit.edit.train import TrainOptions
-from locedit.errors import LoceditError
+from locedit.errors import LoceditError, nearest
 from locedit.losses import Scored
 from locedit.models import Model
 
@@ -27,6 +27,47 @@ class RetainOptions(TrainOptions):
     "of the retain term; 0 = train without retain data"
     retain_loss: Literal["nll", "kl"] = "nll"
     "nll: likelihood of the retain answers; kl: KL(unedited || edited) at the same positions"
+    retain_tokens: Literal["answer", "all"] = "answer"
+    """answer: the tokens that are scored; all: every token of the retain items, prompts included, as the published code
+    of KL and LLMU (which counts padding too)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_zero(self, "retain_weight")
+        one_of(self, "retain_loss", ("nll", "kl"))
+        one_of(self, "retain_tokens", ("answer", "all"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetOptions(RetainOptions):
+    """What every method with a weighted forget term beside the retain term has."""
+
+    forget_weight: float = 1.0
+    "of the forget term"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_zero(self, "forget_weight")
+
+
+def above_zero(options: object, *names: str) -> None:
+    """Raise LoceditError for the first of the named options that is not above 0."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise LoceditError(f"{name}={getattr(options, name)!r} must be above 0")
+
+
+def at_least_zero(options: object, *names: str) -> None:
+    """Raise LoceditError for the first of the named options that is negative or no number."""
+    for name in names:
+        if not getattr(options, name) >= 0:
+            raise LoceditError(f"{name}={getattr(options, name)!r} must not be negative")
+
+
+def one_of(options: object, name: str, choices: Sequence[str]) -> None:
+    """Raise LoceditError when the named option is none of the choices."""
+    if getattr(options, name) not in choices:
+        raise LoceditError(f"{name}={getattr(options, name)!r}; {nearest(str(getattr(options, name)), choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +179,32 @@ def nll(step: Step) -> dict[str, Tensor]:
 
 
 def retain_terms(step: Step, options: RetainOptions) -> dict[str, Tensor]:
-    """{"retain_loss": weight times the mean over examples of the mean over scored tokens}, or nothing at weight 0."""
+    """{"retain_loss": weight times the mean over examples of the mean over their tokens}, or nothing at weight 0."""
     if step.retain is None or options.retain_weight == 0:
         return {}
-    scored = step.score(step.retain)
+    return {"retain_loss": options.retain_weight * retain_loss(step, step.retain, options)}
+
+
+def retain_loss(step: Step, batch: Batch, options: RetainOptions) -> Tensor:
+    """The loss of a batch of retain data without its weight, in nats."""
+    if options.retain_tokens == "all":
+        batch = every_token(step.model, batch)
+    scored = step.score(batch)
     if options.retain_loss == "nll":
-        value = losses.sequence_nll(scored).mean()
-    else:
-        value = mean_kl(scored, step.reference(step.retain))
-    return {"retain_loss": options.retain_weight * value}
+        return losses.sequence_nll(scored).mean()
+    return mean_kl(scored, step.reference(batch))
 
 
 def mean_kl(scored: Scored, reference: Scored) -> Tensor:
     """KL(reference || model) in nats, mean over each example's tokens, then over examples."""
     return losses.per_example(scored, losses.kl(scored.logits, reference.logits)).mean()
+
+
+def every_token(model: Model, batch: Batch) -> Batch:
+    """The same texts with every token scored that the model can predict: not position 0 of a causal model."""
+    first = 1 if model.causal else 0
+    texts = [
+        dataclasses.replace(example, spans=(Span(start=first, end=len(example.ids), label="text"),))
+        for example in batch.examples
+    ]
+    return collate(texts, model).to(model.device)
