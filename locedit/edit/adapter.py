@@ -1,25 +1,31 @@
 """LoRA inside a part of the model: low-rank factors whose rows or columns outside the component set do not exist.
 
 A piece acts beside the untouched weight as `y + (x[S] A) B`, S on the input side for columns, on the output side for
-rows, nowhere for a whole matrix (Hu et al. 2021, arXiv:2106.09685). The scale alpha / rank is folded into B. The
-factors are float32 also beside a half-precision base. Exported, A and B are padded with zeros to an ordinary PEFT
-adapter.
+rows, nowhere for a whole matrix (Hu et al. 2021, arXiv:2106.09685). Weights never change; rows of the output outside S
+pass through with their bits. The scale alpha / rank is the same for every matrix, and there is no dropout. The factors
+are float32 also beside a half-precision base.
 """
 
+import logging
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from locedit.components import ComponentSet, Touched
 from locedit.edit.restrict import Held, LinearHook, holders, is_linear, out_axis, train_dtype
 from locedit.errors import LoceditError
 from locedit.models import Model
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[Float[Tensor, "rank inputs"], Float[Tensor, "outputs rank"]]
+"A and B, of the inputs and outputs that a piece has"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +43,45 @@ class LowRank:
     "B times alpha / rank, `[out, rank]`, or `[index, rank]` when the outputs are restricted"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """The part of a linear map's weight that low-rank factors may change: all of it, or some rows or columns."""
+
+    param: str
+    module: nn.Module
+    axis: int | None
+    index: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the module stores it."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor), "a linear map has a weight"
+        return weight
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether outputs are restricted."""
+        return self.index is not None and self.axis == out_axis(self.module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many outputs and inputs it has."""
+        sizes = list(self.weight.shape)
+        if self.index is not None and self.axis is not None:
+            sizes[self.axis] = len(self.index)
+        out = out_axis(self.module)
+        return sizes[out], sizes[1 - out]
+
+    def matrix(self) -> Float[Tensor, "outputs inputs"]:
+        """The piece of the weight, `[out, in]` for Conv1D too, in the dtype of training."""
+        weight = self.weight.detach()
+        if self.index is not None:
+            assert self.axis is not None
+            weight = weight.index_select(self.axis, self.index.to(weight.device))
+        return (weight.T if out_axis(self.module) == 1 else weight).to(train_dtype(weight))
+
+
 class Factors(Held):
     """Trainable LoRA factors on the linear maps of a component set, zero change at the start."""
 
@@ -45,12 +90,19 @@ class Factors(Held):
     ) -> None:
         super().__init__(model)
         self.scale = alpha / rank
-        self.pieces: list[tuple[Touched, nn.Module]] = linear_pieces(model, within)
-        for touched, module in self.pieces:
-            down, up = _start(touched, module, rank=rank, generator=generator)
-            self.parameters += [down, up]
-            hook = _low_rank_hook(touched.axis, _on(touched.index, down), down, up, self.scale, out=out_axis(module))
-            self.hooks.append((module, hook))
+        self.pieces: list[Piece] = []
+        self.acting: list[Callable[[], Pair]] = []
+        "for each piece what acts: A, and B before it is scaled"
+        for piece in linear_pieces(model, within):
+            down, up = _start(piece, rank=rank, generator=generator)
+            self._train(piece, (down, up), lambda down=down, up=up: (down, up))
+
+    def _train(self, piece: Piece, parameters: Pair, acting: Callable[[], Pair]) -> None:
+        """Add a piece: its two trainable tensors, and what acts, made of them."""
+        self.pieces.append(piece)
+        self.parameters += [parameter.requires_grad_() for parameter in parameters]
+        self.acting.append(acting)
+        self.hooks.append((piece.module, _low_rank_hook(piece, acting, self.scale)))
 
     def decay(self, rate: float, *, towards: Literal["base", "weights"]) -> None:
         """Decoupled weight decay of the factors, which is a decay towards the base."""
@@ -66,19 +118,15 @@ class Factors(Held):
         with self.active():
             yield
 
+    @torch.no_grad()
     def adapters(self) -> tuple[LowRank, ...]:
-        """The factors as they are now, on the CPU."""
-        pairs = zip(self.parameters[::2], self.parameters[1::2], strict=True)
-        return tuple(
-            LowRank(
-                param=touched.param,
-                axis=touched.axis,
-                index=touched.index,
-                down=down.detach().cpu().clone(),
-                up=(up.detach() * self.scale).cpu(),
-            )
-            for (touched, _), (down, up) in zip(self.pieces, pairs, strict=True)
-        )
+        """The change as it is now, on the CPU."""
+        found: list[LowRank] = []
+        for piece, acting in zip(self.pieces, self.acting, strict=True):
+            down, up = acting()
+            down, up = down.cpu().clone(), (up * self.scale).cpu()
+            found.append(LowRank(param=piece.param, axis=piece.axis, index=piece.index, down=down, up=up))
+        return tuple(found)
 
     def lost(self) -> float:
         """Nothing is rounded: the factors are saved as they were trained."""
@@ -92,10 +140,9 @@ class _Fixed(Held):
         super().__init__(model)
         weights = [model.parameter(adapter.param) for adapter in adapters]
         for adapter, weight, held in zip(adapters, weights, holders(model, weights), strict=True):
-            module = held[0][0]
-            down, up = adapter.down.to(weight.device), adapter.up.to(weight.device)
-            hook = _low_rank_hook(adapter.axis, _on(adapter.index, down), down, up, 1.0, out=out_axis(module))
-            self.hooks.append((module, hook))
+            piece = Piece(param=adapter.param, module=held[0][0], axis=adapter.axis, index=adapter.index)
+            pair = adapter.down.to(weight.device), adapter.up.to(weight.device)
+            self.hooks.append((piece.module, _low_rank_hook(piece, lambda pair=pair: pair, 1.0)))
 
 
 @contextmanager
@@ -105,103 +152,61 @@ def adapters_active(model: Model, adapters: Sequence[LowRank]) -> Generator[None
         yield
 
 
-def linear_pieces(model: Model, within: ComponentSet | None) -> list[tuple[Touched, nn.Module]]:
-    """The weights of untied linear maps that the set touches, each with its module; biases, norms, embeddings left out.
+def linear_pieces(model: Model, within: ComponentSet | None) -> list[Piece]:
+    """The weights of untied linear maps that the set touches; without a set, every linear map of the blocks.
 
-    Without a set: every linear map of the blocks.
+    Biases and norms are left out. So are matrices that are no linear map of their own (embeddings, an output layer tied
+    to them, tensors of experts); the log names them.
     """
-    touched = _every_weight(model) if within is None else within.touched("train")
+    touched = model.everything("matrix").touched("train") if within is None else within.touched("train")
     if any(t.axis is None and t.index is not None for t in touched):
         raise LoceditError("single weights cannot be held as a LoRA adapter; use hold='weights', or rows or columns")
-    parameters = [model.parameter(t.param) for t in touched]
-    found = [
-        (t, held[0][0])
-        for t, held in zip(touched, holders(model, parameters), strict=True)
-        if len(held) == 1 and is_linear(held[0][0]) and held[0][1] == "weight"
+    held = holders(model, [model.parameter(t.param) for t in touched])
+    pairs = list(zip(touched, held, strict=True))
+    if within is None:
+        blocks = {id(module) for block in model.anatomy.blocks for module in block.modules()}
+        pairs = [(t, found) for t, found in pairs if all(id(module) in blocks for module, _ in found)]
+    pieces = [
+        Piece(param=t.param, module=found[0][0], axis=t.axis, index=t.index) for t, found in pairs if _is_own(found)
     ]
-    if not found:
+    if not pieces:
         raise LoceditError("the component set touches no weight of a linear map, which hold='adapter' needs")
-    return found
+    _note_left_out([t for t, found in pairs if not _is_own(found)])
+    return pieces
 
 
-def _every_weight(model: Model) -> list[Touched]:
-    return model.everything("matrix").touched("train")
+def _is_own(held: list[tuple[nn.Module, str]]) -> bool:
+    """Whether a parameter is the weight of one linear map and nothing else."""
+    return len(held) == 1 and is_linear(held[0][0]) and held[0][1] == "weight"
 
 
-def _start(touched: Touched, module: nn.Module, *, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _note_left_out(touched: list[Touched]) -> None:
+    if matrices := [t.param for t in touched if len(t.shape) > 1]:
+        more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+        log.warning("hold='adapter' leaves out what is no linear map of its own: %s%s", matrices[0], more)
+
+
+def _start(piece: Piece, *, rank: int, generator: torch.Generator) -> Pair:
     """A uniform as in PEFT (Kaiming with slope sqrt 5: bound 1 / sqrt(in)), B zero."""
-    weight = module.weight
-    assert isinstance(weight, Tensor), "a linear map has a weight"
-    out = out_axis(module)
-    sizes = {"out": weight.shape[out], "in": weight.shape[1 - out]}
-    bound = 1 / math.sqrt(sizes["in"])
-    if touched.index is not None:
-        sizes["out" if touched.axis == out else "in"] = len(touched.index)
-    uniform = torch.rand(rank, sizes["in"], generator=generator) * 2 - 1
+    weight = piece.weight
+    bound = 1 / math.sqrt(weight.shape[1 - out_axis(piece.module)])
+    outputs, inputs = piece.shape
+    uniform = torch.rand(rank, inputs, generator=generator) * 2 - 1
     down = (uniform * bound).to(weight.device, train_dtype(weight))
-    up = torch.zeros(sizes["out"], rank, device=weight.device, dtype=train_dtype(weight))
-    return down.requires_grad_(), up.requires_grad_()
+    return down, torch.zeros(outputs, rank, device=weight.device, dtype=train_dtype(weight))
 
 
-def _low_rank_hook(
-    axis: int | None, index: Tensor | None, down: Tensor, up: Tensor, scale: float, *, out: int
-) -> LinearHook:
+def _low_rank_hook(piece: Piece, acting: Callable[[], Pair], scale: float) -> LinearHook:
+    """Adds x A B times the scale, from the inputs and to the outputs of the piece."""
+    index = None if piece.index is None else piece.index.to(piece.weight.device)
+    by_rows = piece.by_rows
+
     def add(x: Tensor, output: Tensor) -> Tensor:
-        rows = index is not None and axis == out
-        seen = x if index is None or rows else x.index_select(-1, index)
+        down, up = acting()
+        seen = x if index is None or by_rows else x.index_select(-1, index)
         change = (seen.to(down.dtype) @ down.T) @ up.T * scale
         wide = output.to(down.dtype)
-        assert not rows or index is not None
-        return (wide.index_add(-1, index, change) if rows and index is not None else wide + change).to(output.dtype)
+        changed = wide + change if index is None or not by_rows else wide.index_add(-1, index, change)
+        return changed.to(output.dtype)
 
     return add
-
-
-def _on(index: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if index is None else index.to(like.device)
-
-
-def export_peft(model: Model, adapters: Sequence[LowRank], folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors that PEFT loads onto the same base."""
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for adapter in adapters:
-        stacked.setdefault(adapter.param, []).append(_padded(model, adapter))
-    factors = {p: (torch.cat([a for a, _ in f]), torch.cat([b for _, b in f], dim=1)) for p, f in stacked.items()}
-    names = {param: param.removesuffix(".weight") for param in factors}
-    ranks = {names[param]: down.shape[0] for param, (down, _) in factors.items()}
-    rank = min(ranks.values())
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(ranks),
-        rank_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
-        fan_in_fan_out=_conv1d(model, adapters[0].param),
-        base_model_name_or_path=model.name,
-        task_type="CAUSAL_LM" if model.causal else None,
-    )
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    tensors = {f"base_model.model.{names[p]}.lora_A.weight": down.contiguous() for p, (down, _) in factors.items()}
-    tensors |= {f"base_model.model.{names[p]}.lora_B.weight": up.contiguous() for p, (_, up) in factors.items()}
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-
-
-def _padded(model: Model, adapter: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B in full size, zero outside the restriction."""
-    if adapter.index is None:
-        return adapter.down, adapter.up
-    weight = model.parameter(adapter.param)
-    module = holders(model, [weight])[0][0][0]
-    if adapter.axis == out_axis(module):
-        up = adapter.up.new_zeros(weight.shape[out_axis(module)], adapter.up.shape[1])
-        return adapter.down, up.index_copy(0, adapter.index, adapter.up)
-    down = adapter.down.new_zeros(adapter.down.shape[0], weight.shape[1 - out_axis(module)])
-    return down.index_copy(1, adapter.index, adapter.down), adapter.up
-
-
-def _conv1d(model: Model, param: str) -> bool:
-    return out_axis(holders(model, [model.parameter(param)])[0][0][0]) == 1

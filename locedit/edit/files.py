@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from locedit.components import ComponentSet
-from locedit.edit.adapter import LowRank, export_peft
+from locedit.edit.adapter import LowRank
 from locedit.edit.edit import Edit, HookAction, Patch
+from locedit.edit.peft_export import export_peft
 from locedit.edit.regions import Region
 from locedit.errors import LoceditError
 from locedit.models import Model
