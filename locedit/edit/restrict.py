@@ -78,6 +78,21 @@ class Held:
                 slots(module)[attribute] = tensor
             self._paused = False
 
+    @contextmanager
+    def constant(self) -> Generator[None]:
+        """The change acts as it is and takes no gradient inside the block, also in the middle of `active`."""
+        try:
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
+            for module, attribute, _, tensor in self._live:
+                slots(module)[attribute] = tensor.detach()
+            yield
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            for module, attribute, _, tensor in self._live:
+                slots(module)[attribute] = tensor
+
     def _restore(self) -> None:
         while self._live:
             module, attribute, parameter, _ = self._live.pop()

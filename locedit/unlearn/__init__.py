@@ -16,7 +16,7 @@ from locedit.edit.objective import Objective
 from locedit.edit.train import TrainOptions, train
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model
-from locedit.unlearn import grad_diff, gradient_ascent, injection, npo, pcgu
+from locedit.unlearn import grad_diff, gradient_ascent, injection, latent, npo, pcgu
 from locedit.unlearn.registry import ForgetOptions, Method, RetainOptions, nll, objective_of, retain_terms
 
 
@@ -81,6 +81,20 @@ METHODS: dict[str, Method] = {
         options=npo.NpoOptions,
         requires=("forget", "retain"),
         paper="Zhang et al. 2024, arXiv:2404.05868",
+    ),
+    "adv_ga": Method(
+        function=latent.adv_ga,
+        options=latent.AdvGaOptions,
+        requires=("forget", "retain"),
+        paper="Yuan et al. 2025, arXiv:2408.10682",
+        verify=latent.verify,
+    ),
+    "adv_npo": Method(
+        function=latent.adv_npo,
+        options=latent.AdvNpoOptions,
+        requires=("forget", "retain"),
+        paper="Yuan et al. 2025, arXiv:2408.10682",
+        verify=latent.verify,
     ),
     "pcgu": Method(
         function=pcgu.loss,
