@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from locedit.data.encode import collate, encode
 from locedit.edit import Edit
-from locedit.edit.adapter import Factors
+from locedit.edit.adapter import Lora
 from locedit.edit.restrict import holders, out_axis
 from locedit.errors import LoceditError
 from locedit.models import Model
@@ -87,7 +87,7 @@ def test_peft_loads_the_export_and_gives_the_same_logits(architecture: str, rest
 def test_the_change_is_zero_before_training_and_the_factors_are_as_large_as_the_set() -> None:
     model = tiny.model("llama")
     within = model.components({"blocks.0.mlp.neuron": [1, 2, 3]})
-    held = Factors(model, within, rank=4, alpha=8.0, generator=torch.Generator().manual_seed(0))
+    held = Lora(model, within, rank=4, alpha=8.0, generator=torch.Generator().manual_seed(0))
     plain = logits(model)
     with held.active():
         assert torch.equal(logits(model), plain)

@@ -65,6 +65,11 @@ class Piece:
         return self.index is not None and self.axis == out_axis(self.module)
 
     @property
+    def by_columns(self) -> bool:
+        """Whether inputs are restricted."""
+        return self.index is not None and not self.by_rows
+
+    @property
     def shape(self) -> tuple[int, int]:
         """How many outputs and inputs it has."""
         sizes = list(self.weight.shape)
@@ -83,24 +88,19 @@ class Piece:
 
 
 class Factors(Held):
-    """Trainable LoRA factors on the linear maps of a component set, zero change at the start."""
+    """Trainable low-rank factors of some linear maps."""
 
-    def __init__(
-        self, model: Model, within: ComponentSet | None, *, rank: int, alpha: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, model: Model, *, scale: float) -> None:
         super().__init__(model)
-        self.scale = alpha / rank
+        self.scale = scale
         self.pieces: list[Piece] = []
         self.acting: list[Callable[[], Pair]] = []
         "for each piece what acts: A, and B before it is scaled"
-        for piece in linear_pieces(model, within):
-            down, up = _start(piece, rank=rank, generator=generator)
-            self._train(piece, (down, up), lambda down=down, up=up: (down, up))
 
-    def _train(self, piece: Piece, parameters: Pair, acting: Callable[[], Pair]) -> None:
+    def train(self, piece: Piece, parameters: Pair, acting: Callable[[], Pair]) -> None:
         """Add a piece: its two trainable tensors, and what acts, made of them."""
         self.pieces.append(piece)
-        self.parameters += [parameter.requires_grad_() for parameter in parameters]
+        self.parameters += parameters
         self.acting.append(acting)
         self.hooks.append((piece.module, _low_rank_hook(piece, acting, self.scale)))
 
@@ -131,6 +131,18 @@ class Factors(Held):
     def lost(self) -> float:
         """Nothing is rounded: the factors are saved as they were trained."""
         return 0.0
+
+
+class Lora(Factors):
+    """LoRA: A random, B zero, so that the change is zero at the start."""
+
+    def __init__(
+        self, model: Model, within: ComponentSet | None, *, rank: int, alpha: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(model, scale=alpha / rank)
+        for piece in linear_pieces(model, within):
+            down, up = _start(piece, rank=rank, generator=generator)
+            self.train(piece, (down, up), lambda down=down, up=up: (down, up))
 
 
 class _Fixed(Held):
@@ -193,7 +205,8 @@ def _start(piece: Piece, *, rank: int, generator: torch.Generator) -> Pair:
     outputs, inputs = piece.shape
     uniform = torch.rand(rank, inputs, generator=generator) * 2 - 1
     down = (uniform * bound).to(weight.device, train_dtype(weight))
-    return down, torch.zeros(outputs, rank, device=weight.device, dtype=train_dtype(weight))
+    up = torch.zeros(outputs, rank, device=weight.device, dtype=train_dtype(weight))
+    return down.requires_grad_(), up.requires_grad_()
 
 
 def _low_rank_hook(piece: Piece, acting: Callable[[], Pair], scale: float) -> LinearHook:
@@ -204,8 +217,8 @@ def _low_rank_hook(piece: Piece, acting: Callable[[], Pair], scale: float) -> Li
     def add(x: Tensor, output: Tensor) -> Tensor:
         down, up = acting()
         seen = x if index is None or by_rows else x.index_select(-1, index)
-        change = (seen.to(down.dtype) @ down.T) @ up.T * scale
         wide = output.to(down.dtype)
+        change = ((seen.to(down.dtype) @ down.T) @ up.T * scale).to(wide.dtype)
         changed = wide + change if index is None or not by_rows else wide.index_add(-1, index, change)
         return changed.to(output.dtype)
 

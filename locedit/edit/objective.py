@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from locedit import losses
+from locedit.components import ComponentSet
 from locedit.data.encode import Batch, Example, collate
+from locedit.edit.adapter import Factors
 from locedit.edit.restrict import Held
 from locedit.losses import Scored
 from locedit.models import Model
@@ -57,6 +59,10 @@ Stop = Callable[[Model], tuple[dict[str, float], bool]]
 """A stopping rule: the edited model as it would be saved -> (columns for the history, whether to stop)."""
 
 
+MakeFactors = Callable[[ComponentSet | None, torch.Generator], Factors]
+"""(component set, generator) -> what is trained when the change is held as an adapter."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Matched:
     """Data that belong to forget examples, such as other answers to the same prompts."""
@@ -87,6 +93,8 @@ class Objective:
     the batch's forget examples, `count` after one another for each"""
     stop: Stop | None = None
     "asked whenever levels are measured; training stops when it says so"
+    factors: MakeFactors | None = None
+    "makes what is trained with hold='adapter'; None = LoRA"
     together: int = 1
     "how many neighbouring forget examples stay in one batch, where they count as one: 2 for the sides of pairs"
 

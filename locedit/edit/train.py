@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from locedit import progress
 from locedit.components import ComponentSet, Table
-from locedit.edit.adapter import Factors
+from locedit.edit.adapter import Factors, Lora
 from locedit.edit.edit import Edit, Patch
 from locedit.edit.levels import LEVELS, Level, levels
-from locedit.edit.objective import Objective, Others, ReferenceCache, Shuffled, Step
+from locedit.edit.objective import MakeFactors, Objective, Others, ReferenceCache, Shuffled, Step
 from locedit.edit.regions import regions, require_same_model, whole
 from locedit.edit.restrict import Deltas, Path, frozen, require_gradient
 from locedit.errors import LoceditError, nearest
@@ -145,7 +145,9 @@ class Run:
     ) -> None:
         self.model, self.objective, self.within, self.options = model, objective, within, options
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.held = _hold(model, within, options=options, hold=hold, generator=self.generator)
+        self.held = _hold(
+            model, within, options=options, hold=hold, generator=self.generator, factors=objective.factors
+        )
         make = OPTIMIZERS[options.optimizer]
         decay = {"weight_decay": 0.0}  # decay is the trainer's own, so that it means the same with every optimizer
         self.optimizer = make(self.held.parameters, lr=options.learning_rate, **decay)
@@ -271,11 +273,14 @@ def _hold(
     options: TrainOptions,
     hold: str,
     generator: torch.Generator,
+    factors: MakeFactors | None,
 ) -> Deltas | Factors:
     if within is not None:
         require_same_model(model, within)
+    if hold == "adapter" and factors is not None:
+        return factors(within, generator)
     if hold == "adapter":
-        return Factors(model, within, rank=options.rank, alpha=options.alpha, generator=generator)
+        return Lora(model, within, rank=options.rank, alpha=options.alpha, generator=generator)
     places = whole(model.anatomy.parameters) if within is None else regions(within, role="train")
     return Deltas(model, places, path=options.path)
 
