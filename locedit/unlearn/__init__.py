@@ -16,7 +16,27 @@ from locedit.edit.objective import Objective
 from locedit.edit.train import TrainOptions, train
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model
-from locedit.unlearn import grad_diff, gradient_ascent, injection, latent, npo, pcgu
+from locedit.unlearn import (
+    ceu,
+    dpo,
+    grad_diff,
+    gradient_ascent,
+    ihl,
+    injection,
+    kl,
+    latent,
+    llmu,
+    npo,
+    pcgu,
+    pdu,
+    rmu,
+    satimp,
+    simnpo,
+    texts,
+    undial,
+    unlikelihood,
+    wga,
+)
 from locedit.unlearn.registry import ForgetOptions, Method, RetainOptions, nll, objective_of, retain_terms
 
 
@@ -52,6 +72,7 @@ def _scale(model: Model, task: Task, *, within: ComponentSet, hold: Any, options
 _ablation = functools.partial(
     Method, trained=False, dose="components", needs_set=True, holds=("weights", "hooks"), requires=()
 )
+_loss = functools.partial(Method, requires=("forget", "retain"))
 
 METHODS: dict[str, Method] = {
     "zero": _ablation(function=_zero, options=NoOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
@@ -63,6 +84,15 @@ METHODS: dict[str, Method] = {
         requires=("forget", "retain"),
         paper="Guo et al. 2024, arXiv:2410.12949",
         learns=injection.new_answers,
+        others=texts.others,
+        verify=texts.verify,
+    ),
+    "unlikelihood": _loss(
+        function=unlikelihood.loss,
+        options=unlikelihood.UnlikelihoodOptions,
+        paper="Welleck et al. 2020, arXiv:1908.04319; Guo et al. 2024, arXiv:2410.12949",
+        others=texts.others,
+        verify=texts.verify,
     ),
     "ga": Method(
         function=gradient_ascent.loss,
@@ -95,6 +125,67 @@ METHODS: dict[str, Method] = {
         requires=("forget", "retain"),
         paper="Yuan et al. 2025, arXiv:2408.10682",
         verify=latent.verify,
+    ),
+    "kl": _loss(
+        function=kl.loss,
+        options=kl.KlOptions,
+        paper="Maini et al. 2024, arXiv:2401.06121",
+    ),
+    "simnpo": _loss(
+        function=simnpo.loss,
+        options=simnpo.SimnpoOptions,
+        paper="Fan et al. 2024, arXiv:2410.07163",
+    ),
+    "dpo": _loss(
+        function=dpo.loss,
+        options=dpo.DpoOptions,
+        paper="Rafailov et al. 2023, arXiv:2305.18290; Maini et al. 2024, arXiv:2401.06121",
+        others=dpo.others,
+        verify=dpo.verify,
+        kinds=("fact",),
+    ),
+    "rmu": _loss(
+        function=rmu.loss,
+        options=rmu.RmuOptions,
+        paper="Li et al. 2024, arXiv:2403.03218",
+    ),
+    "ceu": _loss(
+        function=ceu.loss,
+        options=ceu.CeuOptions,
+        paper="Yang 2025, arXiv:2503.01224",
+    ),
+    "undial": _loss(
+        function=undial.loss,
+        options=undial.UndialOptions,
+        paper="Dong et al. 2024, arXiv:2402.10052",
+    ),
+    "wga": _loss(
+        function=wga.loss,
+        options=wga.WgaOptions,
+        paper="Wang et al. 2025, arXiv:2502.19301",
+    ),
+    "satimp": _loss(
+        function=satimp.loss,
+        options=satimp.SatimpOptions,
+        paper="Yang et al. 2025, arXiv:2505.11953",
+    ),
+    "pdu": _loss(
+        function=pdu.loss,
+        options=pdu.PduOptions,
+        paper="Entesari et al. 2025, arXiv:2506.05314",
+    ),
+    "ihl": _loss(
+        function=ihl.loss,
+        options=ForgetOptions,
+        paper="Cha et al. 2025, arXiv:2408.06621",
+    ),
+    "llmu": _loss(
+        function=llmu.loss,
+        options=llmu.LlmuOptions,
+        paper="Yao et al. 2023, arXiv:2310.10683",
+        others=llmu.others,
+        verify=llmu.verify,
+        kinds=("fact",),
     ),
     "pcgu": Method(
         function=pcgu.loss,

@@ -7,28 +7,24 @@ from torch import Tensor
 from locedit import losses
 from locedit.data.items import Dataset, Fact, Task
 from locedit.edit.objective import Step
-from locedit.errors import LoceditError
-from locedit.unlearn.registry import ForgetOptions, retain_terms
+from locedit.unlearn import answers
+from locedit.unlearn.registry import retain_terms
+from locedit.unlearn.texts import TextsOptions, texts_terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InjectionOptions(ForgetOptions):
-    """The forget term is the likelihood of the new answers."""
+class InjectionOptions(TextsOptions):
+    """The forget term is the likelihood of the new answers; its published weights lie between 0.1 and 5."""
 
 
 def new_answers(task: Task) -> Dataset:
     """The forget facts with `new_answer` in the place of the answer; every fact must have one."""
+    found = answers.new_answers(task, by="injection")
     facts = task.forget.of(Fact, by="injection")
-    for fact in facts:
-        if fact.new_answer is None:
-            raise LoceditError(
-                f"injection needs the field 'new_answer', which {fact.id!r} of {task.forget.source} lacks"
-            )
-    changed = [dataclasses.replace(fact, answer=fact.new_answer, new_answer=None) for fact in facts]
-    return task.forget.replace(changed)  # type: ignore[arg-type]
+    return task.forget.replace([dataclasses.replace(f, answer=found[f.id], new_answer=None) for f in facts])
 
 
 def loss(step: Step, options: InjectionOptions) -> dict[str, Tensor]:
-    """Negative log-likelihood of the new answers, mean over tokens and examples, and retain."""
+    """Negative log-likelihood of the new answers, mean over tokens and examples, retain and texts."""
     injected = options.forget_weight * losses.sequence_nll(step.score(step.forget)).mean()
-    return {"inject_loss": injected} | retain_terms(step, options)
+    return {"inject_loss": injected} | retain_terms(step, options) | texts_terms(step, options)

@@ -197,7 +197,16 @@ def retain_loss(step: Step, batch: Batch, options: RetainOptions) -> Tensor:
 
 def mean_kl(scored: Scored, reference: Scored) -> Tensor:
     """KL(reference || model) in nats, mean over each example's tokens, then over examples."""
-    return losses.per_example(scored, losses.kl(scored.logits, reference.logits)).mean()
+    return example_mean(scored, losses.kl(scored.logits, reference.logits))
+
+
+def example_mean(scored: Scored, values: Tensor) -> Tensor:
+    """Mean over each example's scored tokens, then over examples, so that every example counts the same.
+
+    OpenUnlearning, LoKU and HarmBench average over all scored tokens of a batch instead, which gives long answers more
+    weight and makes the loss depend on how batches are cut.
+    """
+    return losses.per_example(scored, values).mean()
 
 
 def every_token(model: Model, batch: Batch) -> Batch:
