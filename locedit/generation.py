@@ -10,6 +10,7 @@ from locedit import tracing
 from locedit.errors import LoceditError
 
 if TYPE_CHECKING:
+    from locedit.data.encode import Encoder
     from locedit.models import Model, TokenBatch
 
 
@@ -22,7 +23,7 @@ def greedy(model: "Model", batch: "TokenBatch", *, max_new_tokens: int) -> list[
     """
     _refuse(model, batch, max_new_tokens)
     ids, mask = _to_the_right(batch.ids.to(model.device), batch.attention_mask.to(model.device))
-    ends = torch.tensor(sorted(_end_tokens(model)), device=model.device)
+    ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
     running = torch.ones(len(ids), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []
     cache = DynamicCache()
@@ -55,9 +56,9 @@ def _to_the_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids.gather(1, source), mask.gather(1, source)
 
 
-def _end_tokens(model: "Model") -> set[int]:
+def end_tokens(model: "Encoder") -> set[int]:
     """The tokens that end a text, by the tokenizer and by the model's generation settings."""
-    settings = getattr(model.core, "generation_config", None)
+    settings = getattr(getattr(model, "core", None), "generation_config", None)
     ends = [model.tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)]
     flat = [token for end in ends for token in (end if isinstance(end, list) else [end])]
     return {int(token) for token in flat if token is not None}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from locedit.evaluate.association import association_metrics
+from locedit.evaluate.extraction import extraction_metrics
 from locedit.evaluate.facts import neighbour_metrics, paraphrase_metrics, span_metrics
 from locedit.evaluate.private import exposure_metric
 from locedit.evaluate.utility import perplexity_metric, shift_metrics
@@ -33,12 +34,15 @@ class Metric:
     "measured between the unedited and the edited model"
     roles: tuple[str, ...] = ("forget", "retain", "heldout")
     "parts of the task on which it is measured"
+    on_request: bool = False
+    "measured only when asked for by name, because it takes long"
     chance: str = ""
     "what a model that never saw the item gets"
     paper: str = ""
 
 
 _SPANS = ("fact", "private", "tokens")
+_TEXTS = ("plain", "private", "tokens")
 
 METRICS: dict[str, Metric] = {
     "probability": Metric(
@@ -87,6 +91,30 @@ METRICS: dict[str, Metric] = {
         unit="share",
         range=(0.0, 1.0),
         paper="Tirumala et al. 2022, arXiv:2205.10770; Jang et al. 2023, arXiv:2210.01504; here of the span",
+    ),
+    "extraction_likelihood": Metric(
+        function=extraction_metrics,
+        kinds=_TEXTS,
+        definition="share of the n-grams of the rest of a text that greedy continuations of its beginnings contain, "
+        "mean over all beginnings, then over texts (EL_n; n = 10 unless extraction_n says otherwise)",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        on_request=True,
+        chance="see the heldout set",
+        paper="Jang et al. 2023, arXiv:2210.01504",
+    ),
+    "text_memorization_accuracy": Metric(
+        function=extraction_metrics,
+        kinds=_TEXTS,
+        definition="share of all tokens of a text, its first one left out, that are the most likely ones after the "
+        "true text before them; mean over texts (MA)",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        on_request=True,
+        chance="see the heldout set",
+        paper="Tirumala et al. 2022, arXiv:2205.10770; Jang et al. 2023, arXiv:2210.01504",
     ),
     "paraphrase_probability": Metric(
         function=paraphrase_metrics,

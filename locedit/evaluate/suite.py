@@ -62,7 +62,8 @@ def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
         raise LoceditError(f"evaluate: metrics={given['metrics']!r} is one string; give a list of names")
     changed = {"metrics": tuple(given["metrics"])} if given.get("metrics") is not None else {}
     chosen = fill(EvaluateOptions, {**given, **changed}, method="evaluate")
-    for name in ("batch_size", "draws", "exposure_samples", "exposure_limit"):
+    counts = ("batch_size", "draws", "exposure_samples", "exposure_limit", "extraction_n", "extraction_length")
+    for name in counts:
         if getattr(chosen, name) < 1:
             raise LoceditError(f"evaluate: {name}={getattr(chosen, name)!r} is not a positive number")
     return chosen
@@ -84,7 +85,8 @@ def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]
     for name in options.metrics or ():
         if name not in METRICS:
             raise LoceditError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
-    wanted = {name: METRICS[name] for name in options.metrics or METRICS}
+    always = [name for name, metric in METRICS.items() if not metric.on_request]
+    wanted = {name: METRICS[name] for name in options.metrics or always}
     parts: dict[tuple[str, Family], Part] = {}
     done: set[str] = set()
     for name, metric in wanted.items():

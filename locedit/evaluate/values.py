@@ -29,6 +29,10 @@ class EvaluateOptions:
     "candidates drawn where the space is too large to rank exactly"
     exposure_limit: int = 1000
     "candidates up to which a space is enumerated, and rows up to which better ones are searched"
+    extraction_n: int = 10
+    "tokens of the n-grams of extraction_likelihood"
+    extraction_length: int = 200
+    "first tokens of a text that extraction_likelihood and text_memorization_accuracy look at"
 
 
 @dataclass(frozen=True, kw_only=True)
