@@ -106,6 +106,8 @@ class ReferenceCache:
         self.causal = causal
         self.free = limit
         self.logits: dict[Example, Tensor] = {}
+        self.made: list[tuple[Example, ...]] = []
+        "the batches that the kept logits come from: computed again in these, they have the same bits"
 
     def score(self, batch: Batch, compute: Callable[[Batch], Scored]) -> Scored:
         """From the cache when every example of the batch is there, else computed and kept if there is room."""
@@ -113,12 +115,15 @@ class ReferenceCache:
         if all(example in self.logits for example in examples):
             return self._assemble(batch)
         scored = compute(batch)
+        known = len(self.logits)
         for number, example in enumerate(examples):
             mine = scored.logits[scored.row == number]
             size = mine.numel() * mine.element_size()
             if example not in self.logits and size <= self.free:
                 self.logits[example] = mine.clone()
                 self.free -= size
+        if len(self.logits) > known:
+            self.made.append(examples)
         return scored
 
     def _assemble(self, batch: Batch) -> Scored:
@@ -127,33 +132,6 @@ class ReferenceCache:
         row = members[batch.scored.nonzero()[:, 0]]
         labels = batch.labels[batch.scored]
         return Scored(logits=logits, labels=labels.to(logits.device), row=row.to(logits.device), rows=batch.examples)
-
-
-class Others:
-    """The batches of an objective's other data that go with a forget batch."""
-
-    def __init__(
-        self, others: Mapping[str, Sequence[Example] | Matched], size: int, generator: torch.Generator
-    ) -> None:
-        self.generator = generator
-        self.matched = {name: data for name, data in others.items() if isinstance(data, Matched)}
-        self.pools = {
-            name: Shuffled(data, size, generator) for name, data in others.items() if not isinstance(data, Matched)
-        }
-
-    def batches(self, model: Model, forget: Batch) -> dict[str, Batch]:
-        """Name -> the next batch on the model's device."""
-        drawn = {name: self._draw(data, forget) for name, data in self.matched.items()}
-        found = {name: collate(examples, model).to(model.device) for name, examples in drawn.items()}
-        return found | {name: pool.batch(model) for name, pool in self.pools.items()}
-
-    def _draw(self, data: Matched, forget: Batch) -> list[Example]:
-        found: list[Example] = []
-        for example in forget.examples:
-            candidates = data.candidates[example]
-            order = torch.randperm(len(candidates), generator=self.generator).tolist()
-            found += [candidates[i] for i in order[: data.count]]
-        return found
 
 
 class Shuffled:

@@ -14,7 +14,7 @@ step; the base weights are never written, so nothing outside the region can move
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class Held:
         self.model = model
         self.parameters: list[Tensor] = []
         self.hooks: list[tuple[nn.Module, LinearHook]] = []
+        self.state: dict[str, Any] = {}
+        "what a subclass carries from step to step beside its parameters; kept in checkpoints"
         self._live: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         self._paused = False
 
@@ -99,7 +101,13 @@ class Held:
             slots(module)[attribute] = parameter
 
     def _switchable(self, hook: LinearHook) -> LinearHook:
-        return lambda x, output: output if self._paused else hook(x, output)
+        def switched(x: Tensor, output: Tensor) -> Tensor:
+            if self._paused:
+                return output
+            with torch.autocast(x.device.type, enabled=False):  # hooks choose their own precision
+                return hook(x.to(output.dtype), output)
+
+        return switched
 
 
 class Deltas(Held):
@@ -140,6 +148,10 @@ class Deltas(Held):
         """The new values of every region, rounded to the model's dtype."""
         with torch.no_grad():
             return [self._rounded(i) for i in range(len(self.regions))]
+
+    def deltas(self) -> list[Tensor]:
+        """The change of every region before rounding."""
+        return [delta.detach() for delta in self.parameters]
 
     def decay(self, rate: float, *, towards: Literal["base", "weights"]) -> None:
         """Decoupled weight decay by the factor 1 - rate, of the change ("base") or of the weights themselves."""
