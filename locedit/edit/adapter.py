@@ -24,8 +24,8 @@ from locedit.models import Model
 
 log = logging.getLogger(__name__)
 
-Pair = tuple[Float[Tensor, "rank inputs"], Float[Tensor, "outputs rank"]]
-"A and B, of the inputs and outputs that a piece has"
+Pair = tuple[Tensor, Tensor]
+"A `[rank, inputs]` and B `[outputs, rank]`, of the inputs and outputs that a piece has"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

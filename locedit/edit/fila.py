@@ -32,12 +32,12 @@ class Svd:
     randomized: of the matrix projected on the range of its product with rank + oversample random vectors (Halko et al.
     2011, arXiv:0909.4061, algorithms 4.4 and 5.1). Without power iterations the expected error of that range is at most
     sqrt(1 + rank / (oversample - 1)) times the least possible one (theorem 10.5), with them it goes to the least.
-    oversample=0 is what `torch.svd_lowrank(q=rank)` does, which LoKU's release takes.
+    LoKU's release takes `torch.svd_lowrank(q=rank)`: oversample=0, power_iterations=2.
     """
 
     svd: Literal["exact", "randomized"] = "exact"
     oversample: int = 8
-    power_iterations: int = 2
+    power_iterations: int = 4
 
     def __post_init__(self) -> None:
         for name in ("oversample", "power_iterations"):

@@ -65,9 +65,11 @@ class Information:
 
 
 @torch.inference_mode(False)
-def information(model: Model, data: Dataset, options: FisherOptions, *, keep: Keep, what: str) -> Information:
+def information(
+    model: Model, data: Dataset | Sequence[Example], options: FisherOptions, *, keep: Keep, what: str
+) -> Information:
     """Measure what is to be kept of each parameter; for a masked model an example's rows have one gradient."""
-    examples = encode(model, data)
+    examples = encode(model, data) if isinstance(data, Dataset) else list(data)
     if options.variant == "batch_squared":
         return _of_groups(model, examples, options, keep=keep, what=what)
     gradients = SquaredGradients(model, keep, loss=partial(_losses, model, options))
