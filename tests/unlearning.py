@@ -67,14 +67,17 @@ def tables(model: Model, example: Example, positions: Sequence[int] | None = Non
 
     `positions` are other tokens to be predicted.
     """
-    rows: list[Tensor] = []
-    for target in example.targets if positions is None else positions:
-        ids = torch.tensor([example.ids])
-        if not model.causal:
-            ids[0, target] = model.tokenizer.mask_token_id
-        batch = SimpleNamespace(ids=ids, attention_mask=torch.ones_like(ids))
-        rows.append(model.logits(batch)[0, target - model.causal])
-    return torch.stack(rows)
+    wanted = list(example.targets if positions is None else positions)
+    ids = torch.tensor([example.ids])
+    if model.causal:
+        return _forward(model, ids)[0, [target - 1 for target in wanted]]
+    masked = ids.repeat(len(wanted), 1)
+    masked[range(len(wanted)), wanted] = model.tokenizer.mask_token_id
+    return _forward(model, masked)[range(len(wanted)), wanted]
+
+
+def _forward(model: Model, ids: Tensor) -> Tensor:
+    return model.logits(SimpleNamespace(ids=ids, attention_mask=torch.ones_like(ids)))
 
 
 def labels(example: Example) -> Tensor:
