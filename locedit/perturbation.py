@@ -12,6 +12,7 @@ padding. Of several points each has a ball of its own. In a masked model a row i
 The model's parameters stay frozen: only the gradient of the perturbation is computed.
 """
 
+import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,17 +124,17 @@ def perturbed(model: Model, deltas: Mapping[str, Tensor]) -> Generator[None]:
 
 
 def ascend(
-    model: Model, batch: Batch, places: Sequence[Place], options: AscentOptions, *, generator: torch.Generator
+    model: Model, batch: Batch, places: Sequence[Place], options: AscentOptions, *, seed: int = 0
 ) -> dict[str, Tensor]:
     """Hook point -> the perturbation found for each row, zero where it may not act; nothing when there is no attack.
 
-    float32 (float64 for a float64 model), detached. Random starts are drawn row by row.
+    float32 (float64 for a float64 model), detached. A row's random start depends on `seed` and its own tokens alone.
     """
     if not options.attacks:
         return {}
     with frozen(model.module):
         balls = _balls(model, batch, places, options)
-        deltas = _starts(balls, options, generator)
+        deltas = _starts(batch, balls, options, seed=seed)
         for _ in range(options.attack_steps):
             gradients = _gradients(model, batch, deltas)
             deltas = {p: balls[p].step(d, gradients[p], share=1 / options.attack_steps) for p, d in deltas.items()}
@@ -145,7 +146,8 @@ def _gradients(model: Model, batch: Batch, deltas: Mapping[str, Tensor]) -> dict
     leaves = {point: delta.detach().requires_grad_() for point, delta in deltas.items()}
     with torch.enable_grad(), perturbed(model, leaves):
         total = losses.sequence_nll(losses.score(model, batch)).sum()
-        found = torch.autograd.grad(total, list(leaves.values()))
+        with torch.autocast(total.device.type, enabled=False):
+            found = torch.autograd.grad(total, list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
 
 
@@ -219,17 +221,24 @@ def _range(value: Tensor, allowed: Tensor, clamp: str) -> tuple[Tensor | None, T
     return _rows(low, value), _rows(high, value)
 
 
-def _starts(balls: Mapping[str, _Ball], options: AscentOptions, generator: torch.Generator) -> dict[str, Tensor]:
+def _starts(batch: Batch, balls: Mapping[str, _Ball], options: AscentOptions, *, seed: int) -> dict[str, Tensor]:
     deltas = {p: torch.zeros(b.where.shape, dtype=b.radius.dtype, device=b.radius.device) for p, b in balls.items()}
     if options.start == "zero":
         return deltas
-    for row in range(len(next(iter(deltas.values())))):
+    for row in range(len(batch)):
+        generator = torch.Generator().manual_seed(_seed_of(batch, row, seed))
         for point, ball in balls.items():
             where = ball.where[row]
             size = torch.rand((), generator=generator, dtype=torch.float64)
             noise = torch.randn(int(where.sum()), generator=generator, dtype=torch.float64)
-            deltas[point][row][where] = (size * noise / noise.norm()).to(ball.radius) * ball.radius[row]
+            deltas[point][row, where] = (size * noise / noise.norm()).to(ball.radius) * ball.radius[row]
     return {point: ball.project(deltas[point]) for point, ball in balls.items()}
+
+
+def _seed_of(batch: Batch, row: int, seed: int) -> int:
+    """From the row's visible tokens, so that neither padding nor the other rows of a batch matter."""
+    visible = batch.ids[row][batch.attention_mask[row].bool()].tolist()
+    return int.from_bytes(hashlib.sha256(f"{seed} {visible}".encode()).digest()[:7])
 
 
 def _add(delta: Tensor, value: Tensor) -> Tensor:

@@ -98,14 +98,19 @@ def adv_npo(step: Step, options: AdvNpoOptions) -> dict[str, Tensor]:
 
 def _attacked(step: Step, options: AdvGaOptions, forget: Callable[[Scored], Tensor]) -> dict[str, Tensor]:
     """The weighted forget loss at the perturbation that the attack finds, and the retain term without it."""
-    places = _places(step, options)
-    with step.held.constant():
-        deltas = ascend(step.model, step.forget, places, options, generator=step.generator)
+    deltas = _perturbation(step, options) if options.attacks else {}
     with perturbed(step.model, deltas):
         value = options.forget_weight * forget(step.score(step.forget))
         if options.gradient_checkpointing and deltas:
             value = _with_gradient(value, step.held.parameters)
     return {"forget_loss": value} | retain_terms(step, options)
+
+
+def _perturbation(step: Step, options: AdvGaOptions) -> dict[str, Tensor]:
+    """What the attack finds, with everything that is trained held constant."""
+    seed = int(torch.randint(2**31, (), generator=step.generator))
+    with step.held.constant():
+        return ascend(step.model, step.forget, _places(step, options), options, seed=seed)
 
 
 def _with_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
