@@ -56,7 +56,9 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     """Field name -> the string that stands under it in the source, base classes included; empty where there is none."""
     docs = {f.name: "" for f in dataclasses.fields(cls)}
     for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
+        if "MEANINGS" in vars(base):  # of a class that was not written but made
+            docs |= vars(base)["MEANINGS"]
+        elif dataclasses.is_dataclass(base):
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
             docs |= _strings_under(body.body)  # type: ignore[attr-defined]
     return docs

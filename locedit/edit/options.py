@@ -22,6 +22,7 @@ class TrainOptions:
     steps: int = 100
     "optimizer steps at most"
     learning_rate: float = 1e-3
+    "at its highest"
     batch_size: int = 8
     "examples of forget, and of retain, in one forward; pairs count as one where a method reads both sides"
     accumulate: int = 1
