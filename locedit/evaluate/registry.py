@@ -8,6 +8,7 @@ from locedit.evaluate.association import association_metrics
 from locedit.evaluate.extraction import extraction_metrics
 from locedit.evaluate.facts import neighbour_metrics, paraphrase_metrics, span_metrics
 from locedit.evaluate.private import exposure_metric
+from locedit.evaluate.span_memorization import span_memorization_metrics
 from locedit.evaluate.utility import perplexity_metric, shift_metrics
 from locedit.evaluate.values import Values, View
 
@@ -115,6 +116,42 @@ METRICS: dict[str, Metric] = {
         on_request=True,
         chance="see the heldout set",
         paper="Tirumala et al. 2022, arXiv:2205.10770; Jang et al. 2023, arXiv:2210.01504",
+    ),
+    "s_ma": Metric(
+        function=span_memorization_metrics,
+        kinds=("private",),
+        definition="share of the tokens of all spans that are the most likely ones after the true text before them "
+        "(span memorization accuracy)",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        on_request=True,
+        chance="see the heldout set",
+        paper="Wang et al. 2024, arXiv:2402.05813",
+    ),
+    "s_el": Metric(
+        function=span_memorization_metrics,
+        kinds=("private",),
+        definition="share of the n-grams that touch a span which the greedy continuation from the span's start "
+        "contains, mean over spans (span extraction likelihood, normalised in our own way; n = 3 unless s_el_n says "
+        "otherwise)",
+        knowledge=1,
+        unit="share",
+        range=(0.0, 1.0),
+        on_request=True,
+        chance="see the heldout set",
+        paper="after Wang et al. 2024, arXiv:2402.05813",
+    ),
+    "rest_accuracy": Metric(
+        function=span_memorization_metrics,
+        kinds=("private",),
+        definition="share of the tokens outside the spans of a text that are the most likely ones after the true text "
+        "before them: what forgetting the spans alone should leave",
+        knowledge=1,
+        keep=True,
+        unit="share",
+        range=(0.0, 1.0),
+        on_request=True,
     ),
     "paraphrase_probability": Metric(
         function=paraphrase_metrics,

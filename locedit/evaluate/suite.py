@@ -63,7 +63,7 @@ def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
     changed = {"metrics": tuple(given["metrics"])} if given.get("metrics") is not None else {}
     chosen = fill(EvaluateOptions, {**given, **changed}, method="evaluate")
     counts = ("batch_size", "draws", "exposure_samples", "exposure_limit", "extraction_n", "extraction_length")
-    for name in counts:
+    for name in (*counts, "s_el_n"):
         if getattr(chosen, name) < 1:
             raise LoceditError(f"evaluate: {name}={getattr(chosen, name)!r} is not a positive number")
     return chosen

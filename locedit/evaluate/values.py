@@ -33,6 +33,10 @@ class EvaluateOptions:
     "tokens of the n-grams of extraction_likelihood"
     extraction_length: int = 200
     "first tokens of a text that extraction_likelihood and text_memorization_accuracy look at"
+    s_el_n: int = 3
+    "tokens of the n-grams of s_el; the span's own length where that is shorter"
+    s_el_prefix: Literal["span_start", "all"] = "span_start"
+    "where s_el lets the model go on from: the start of a span, or also every place in it with n tokens left"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from locedit.spans.registry import Proposal, Rule, Source
 from locedit.spans.surprisal import SurprisalOptions, surprisal
 from locedit.spans.texts import Mark, joined, readable, text_of, with_marks
 from locedit.spans.tokens import Located, located
-from locedit.spans.verification import Judge, Verification, verified
+from locedit.spans.verification import WAYS, Judge, Verification, verified
 
 RULES: dict[str, Rule] = {
     "given": Rule(function=given, options=GivenOptions),
@@ -95,6 +95,8 @@ def as_verification(verify: str | Judge | Verification | None) -> Verification |
     """What `verify` means."""
     if verify is None or isinstance(verify, Verification):
         return verify
+    if isinstance(verify, str) and verify not in WAYS:
+        raise LoceditError(f"verify={verify!r}; {nearest(verify, WAYS)}")
     return Verification(by=verify)  # type: ignore[arg-type]
 
 

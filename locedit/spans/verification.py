@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from locedit import losses
 from locedit.data.encode import Example, Span, encode
 from locedit.data.items import Fact
-from locedit.errors import LoceditError, nearest
+from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.spans.found import Rejected
 from locedit.spans.registry import Proposal, Source
@@ -33,8 +33,6 @@ class Verification:
     "how much likelier, in probability per token (geometric mean over the span's tokens)"
 
     def __post_init__(self) -> None:
-        if not callable(self.by) and self.by not in WAYS:
-            raise LoceditError(f"verify={self.by!r}; {nearest(str(self.by), WAYS)}")
         if not self.factor > 0:
             raise LoceditError(f"factor={self.factor!r} must be above 0")
 
