@@ -1,4 +1,4 @@
-"""How much of spans is memorised, and how much of the rest of the same texts (after Wang et al. 2024, arXiv:2402.05813).
+"""How much of the spans is memorised, and of the rest of the same texts (after Wang et al. 2024, arXiv:2402.05813).
 
     S-MA   = number of span tokens that are the single most likely one after the true text before them
              / number of span tokens, over all spans of all texts
@@ -76,7 +76,7 @@ def rests(model: ScoringModel, items: Sequence[PrivateText]) -> list[Example]:
 
 
 def span_memorization_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
-    """s_ma, s_el and rest_accuracy of every private text. Tokens weigh alike in s_ma and rest_accuracy, spans in s_el."""
+    """s_ma, s_el and rest_accuracy of every private text; tokens weigh alike in the first and the last, spans in s_el."""
     items = view.dataset.of(PrivateText, by=" and ".join(names))
     examples = encode(view.model, items)
     found: dict[str, Values] = {}
