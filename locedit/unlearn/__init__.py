@@ -26,6 +26,7 @@ from locedit.unlearn import (
     kl,
     latent,
     llmu,
+    loku,
     npo,
     pcgu,
     pdu,
@@ -179,6 +180,14 @@ METHODS: dict[str, Method] = {
         options=ForgetOptions,
         paper="Cha et al. 2025, arXiv:2408.06621",
     ),
+    "loku": _loss(
+        function=loku.loss,
+        options=loku.LokuOptions,
+        paper="Cha et al. 2025, arXiv:2408.06621",
+        holds=("adapter",),
+        factors=loku.factors,
+        verify=loku.verify,
+    ),
     "llmu": _loss(
         function=llmu.loss,
         options=llmu.LlmuOptions,
@@ -205,17 +214,19 @@ def unlearn(
     name: str,
     *,
     within: ComponentSet | None = None,
-    hold: str = "weights",
+    hold: str | None = None,
     **options: Any,
 ) -> Edit:
     """Make the model forget `task.forget` by a method of METHODS, only inside `within` (None = the whole model).
 
-    `hold` is weights (in place), adapter (LoRA, trained methods) or hooks (zero, mean, scale). The model is unchanged;
-    the edit's history follows the mean answer probability on forget and retain data.
+    `hold` is weights (in place), adapter (LoRA, trained methods) or hooks (zero, mean, scale); by default the first of
+    these that the method knows. The model is unchanged; the edit's history follows the mean answer probability on
+    forget and retain data.
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
     method = METHODS[name]
+    hold = hold or method.holds[0]
     task = method.reads(task)
     if not method.trained:
         edit = method.function(model, task, within=within, hold=hold, options=chosen)
@@ -234,12 +245,15 @@ def _with_levels(model: Model, task: Task, edit: Edit) -> Edit:
     return dataclasses.replace(edit, history=history)
 
 
-def prepare(name: str, task: Task, *, within: ComponentSet | None = None, hold: str = "weights", **options: Any) -> Any:
+def prepare(
+    name: str, task: Task, *, within: ComponentSet | None = None, hold: str | None = None, **options: Any
+) -> Any:
     """The method's options, filled and checked against the task; needs no model, so it can run before loading one."""
     if name not in METHODS:
         raise LoceditError(f"unknown unlearning method {name!r}; {nearest(name, METHODS)}")
     method = METHODS[name]
     chosen = option_values.fill(method.options, options, method=name)
+    hold = hold or method.holds[0]
     if hold not in method.holds:
         raise LoceditError(f"{name} cannot be held as {hold!r}; {nearest(hold, method.holds)}")
     if hold != "adapter" and (stray := {"rank", "alpha"} & options.keys()):
@@ -261,7 +275,7 @@ def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective
     """The trainer's objective for a trained method: its loss, its data, and the data whose levels are followed."""
     method = METHODS[name]
     used = "retain" in method.requires and getattr(options, "retain_weight", 0) != 0
-    return objective_of(
+    made = objective_of(
         model,
         task,
         functools.partial(method.function, options=options),
@@ -272,6 +286,7 @@ def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective
         others=None if method.others is None else method.others(model, task, options),
         stop=None if method.stop is None else method.stop(model, task, options),
     )
+    return made if method.factors is None else dataclasses.replace(made, factors=method.factors(model, made, options))
 
 
 make_callable(__name__)

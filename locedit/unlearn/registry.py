@@ -12,7 +12,7 @@ from locedit.contrasts import are_pairs
 from locedit.data.encode import Batch, Example, Span, collate, encode
 from locedit.data.items import KINDS, Dataset, Task
 from locedit.edit.edit import Edit
-from locedit.edit.objective import Loss, Matched, Objective, Step, Stop
+from locedit.edit.objective import Loss, MakeFactors, Matched, Objective, Step, Stop
 from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError, nearest
 from locedit.losses import Scored
@@ -100,6 +100,8 @@ class Method:
     "(model, task, options) -> data beside forget and retain, which the loss sees as step.others"
     stop: Callable[[Model, Task, Any], Stop | None] | None = None
     "(model, task, options) -> a stopping rule of its own, or None for none"
+    factors: Callable[[Model, Objective, Any], MakeFactors] | None = None
+    "(model, objective, options) -> what is trained with hold='adapter'; None = LoRA"
     verify: Callable[[Task, Any], None] | None = None
     "(task, options): raise LoceditError when the task cannot serve the options; needs no model"
     finish: Callable[[Model, Edit, Any], Edit] | None = None
