@@ -61,7 +61,7 @@ def control_vector(size: int, generator: torch.Generator) -> Float[Tensor, " d_m
 
 def loss(step: Step, options: RmuOptions) -> dict[str, Tensor]:
     """Mean squared distance of forget activations to the control vector, and of retain activations to the unedited."""
-    layer = _layer(step.model, options)
+    layer = chosen_layer(step.model.n_layers, options)
     hidden = activations(step.model, step.forget, layer)
     if "control" not in step.state:
         step.state["control"] = control_vector(hidden.shape[-1], step.generator)
@@ -84,10 +84,11 @@ def activations(model: Model, batch: Batch, layer: int) -> Float[Tensor, "batch 
     return seen[point]
 
 
-def _layer(model: Model, options: RmuOptions) -> int:
-    layer = round(DEPTH * model.n_layers) if options.layer is None else options.layer
-    if layer >= model.n_layers:
-        raise LoceditError(f"rmu: layer={layer}, the model has layers 0 to {model.n_layers - 1}")
+def chosen_layer(n_layers: int, options: RmuOptions) -> int:
+    """The layer of the options, or the published one's share of the depth; LoceditError when the model has it not."""
+    layer = round(DEPTH * n_layers) if options.layer is None else options.layer
+    if layer >= n_layers:
+        raise LoceditError(f"rmu: layer={layer}, the model has layers 0 to {n_layers - 1}")
     return layer
 
 
