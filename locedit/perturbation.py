@@ -50,7 +50,7 @@ class AscentOptions:
 
     attack_steps: int = 6
     "steps of normalised ascent; 0 with start='zero' = no attack"
-    eps: float = 1.0
+    eps: float = 0.1
     "radius of the ball in which a row's perturbation stays, flattened over positions and entries"
     eps_in: Literal["tokens", "norm"] = "tokens"
     """tokens: eps times the median norm of the row's tokens at that point, so that one value suits any model (a few

@@ -11,7 +11,7 @@ from locedit import losses
 from locedit.components import ComponentSet
 from locedit.data.encode import Batch, Example, collate
 from locedit.edit.adapter import Factors
-from locedit.edit.restrict import Held
+from locedit.edit.restrict import Deltas, Held
 from locedit.losses import Scored
 from locedit.models import Model
 
@@ -95,6 +95,8 @@ class Objective:
     "asked whenever levels are measured; training stops when it says so"
     factors: MakeFactors | None = None
     "makes what is trained with hold='adapter'; None = LoRA"
+    deltas: type[Deltas] = Deltas
+    "what is trained with hold='weights'"
     together: int = 1
     "how many neighbouring forget examples stay in one batch, where they count as one: 2 for the sides of pairs"
 

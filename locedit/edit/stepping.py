@@ -152,7 +152,7 @@ def _hold(
     if hold == "adapter":
         return Lora(model, within, rank=options.rank, alpha=options.alpha, generator=generator)
     places = whole(model.anatomy.parameters) if within is None else regions(within, role="train")
-    return Deltas(model, places, path=options.path)
+    return objective.deltas(model, places, path=options.path)
 
 
 def _require_finite(values: Mapping[str, float], *, name: str, step: int, options: TrainOptions) -> None:
