@@ -68,7 +68,7 @@ def compare(
     seeds = list(seeds)
     settings = options | {"hold": hold, "seeds": seeds}
     with measure(f"compare {name}", model=model, data=task, settings=settings) as measured:
-        probes = _probes(model, task)
+        probes = probes_of(model, task)
         if METHODS[name].trained:
             made = _Trained(model, task, name, hold=hold, options=chosen, probes=probes)
             curves, reached = made.curves(
@@ -76,7 +76,7 @@ def compare(
             )
             edits = made.edits
         else:
-            ablated = _Ablated(model, task, name, hold=hold, options=chosen, probes=probes)
+            ablated = Ablation(model, task, name, hold=hold, options=chosen, probes=probes)
             shown = complement if complement is not None else True
             curves, reached = ablated.curves(
                 within, seeds=seeds, level=level, everything=everything, complement=shown, scores=scores
@@ -86,7 +86,7 @@ def compare(
     return Comparison(metric=metric, level=reached, curves=tuple(curves), provenance=measured.provenance, edits=edits)
 
 
-def _probes(model: Model, task: Task) -> dict[str, list[Example]]:
+def probes_of(model: Model, task: Task) -> dict[str, list[Example]]:
     """The data whose levels are followed: forget, and what is there of retain and of the forget facts' neighbours."""
     probes = {"forget": encode(model, task.forget)}
     if task.retain is not None:
@@ -183,7 +183,7 @@ class _Trained:
 # --- doses in components ---------------------------------------------------------------------------------------------
 
 
-class _Ablated:
+class Ablation:
     """Dose = how many components are zeroed, scaled or set to their mean, best first."""
 
     def __init__(
@@ -217,17 +217,17 @@ class _Ablated:
         random_sets(within, seeds)
         self.x_name = f"{within.units[0]}s" if len(within.units) == 1 else "components"
         order = found_order(within, scores)
-        found = self._rows(order, size=len(within), level=level)
+        found = self.rows(order, size=len(within), level=level)
         reached = level if level is not None else next(r["forget"] for r in found if r[self.x_name] == len(within))
         curves = [_curve(found, role="found", name="found", x_name=self.x_name, level=reached)]
         for seed in progress.track(seeds, "controls"):
             shuffled = random_order(within, order[: len(within)], seed)
-            self.edits[f"random {seed}"] = self._edit(shuffled[: len(within)])
-            rows = self._rows(shuffled, size=len(within), level=reached)
+            self.edits[f"random {seed}"] = self.edit(shuffled[: len(within)])
+            rows = self.rows(shuffled, size=len(within), level=reached)
             curves.append(
                 _curve(rows, role="random", name=f"random {seed}", x_name=self.x_name, level=reached, seed=seed)
             )
-        whole = _places(within.sites, lambda site: range(within.sites[site].count))
+        whole = places_of(within.sites, lambda site: range(within.sites[site].count))
         inside = set(order[: len(within)])
         outside = [place for place in whole if place not in inside]
         extremes: list[tuple[Role, bool, list[Component]]] = [
@@ -236,26 +236,28 @@ class _Ablated:
         ]
         for role, wanted, places in extremes:
             if wanted:
-                rows = [self._row([]), self._row(places)]
+                rows = [self.row([]), self.row(places)]
                 curves.append(_curve(rows, role=role, name=role, x_name=self.x_name, level=reached))
         return curves, reached
 
-    def _rows(self, order: Sequence[Component], *, size: int, level: float | None) -> list[Row]:
+    def rows(self, order: Sequence[Component], *, size: int, level: float | None) -> list[Row]:
         """Levels at rising doses: up to the set's size, then on until the level is reached or nothing is left."""
-        rows = [self._row([])]
+        rows = [self.row([])]
         for dose in doses(size, len(order)):
             if dose > size and (level is None or min(row["forget"] for row in rows) <= level):
                 break
-            rows.append(self._row(order[:dose]))
+            rows.append(self.row(order[:dose]))
         return rows
 
-    def _row(self, places: Sequence[Component]) -> Row:
+    def row(self, places: Sequence[Component]) -> Row:
+        """The dose and the levels with these components ablated."""
         if not places:
             return {self.x_name: 0.0} | self.start
-        with self._edit(places).applied(self.model) as edited:
+        with self.edit(places).applied(self.model) as edited:
             return {self.x_name: float(len(places))} | levels(edited, self.probes)
 
-    def _edit(self, places: Sequence[Component]) -> Edit:
+    def edit(self, places: Sequence[Component]) -> Edit:
+        """The edit of these components."""
         chosen: dict[str, list[int]] = {}
         for site, index in places:
             chosen.setdefault(site, []).append(index)
@@ -278,7 +280,7 @@ def doses(size: int, limit: int) -> list[int]:
 
 def found_order(within: ComponentSet, scores: Scores | None) -> list[Component]:
     """The set's components, best first, then the rest of the scored ones; without scores the set alone, shuffled."""
-    own = _places(within.sites, within.indices)
+    own = places_of(within.sites, within.indices)
     if scores is None:
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
         return [own[at] for at in order]
@@ -298,10 +300,11 @@ def random_order(within: ComponentSet, order: Sequence[Component], seed: int) ->
     }
     first = [(site, next(draws[site])) for site, _ in order]
     taken = set(first)
-    rest = [p for p in _places(within.sites, lambda site: range(within.sites[site].count)) if p not in taken]
+    rest = [p for p in places_of(within.sites, lambda site: range(within.sites[site].count)) if p not in taken]
     shuffled = torch.randperm(len(rest), generator=generator).tolist()
     return first + [rest[at] for at in shuffled]
 
 
-def _places(sites: Iterable[str], indices: Callable[[str], Iterable[int]]) -> list[Component]:
+def places_of(sites: Iterable[str], indices: Callable[[str], Iterable[int]]) -> list[Component]:
+    """(site, index) of every component, in order."""
     return [(site, index) for site in sites for index in indices(site)]

@@ -1,0 +1,168 @@
+"""The sentences of a study: what each method keeps and what comes back, in the whole model, found and random sets."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from locedit.grading.statistics import Interval, over_seeds
+from locedit.report import study_table
+from locedit.report.numbers import number
+from locedit.report.study_table import Number, attacks_of, interval, numbers_of
+from locedit.report.words import Verdict
+from locedit.results import Role
+from locedit.study.records import Record, Row
+from locedit.study.result import Study
+
+SAME = 0.02
+"differences up to this are called none where there is one seed and so no interval"
+BACK = 0.5
+"share that must come back of the shallow control for an attack to mean anything"
+
+
+class Difference(NamedTuple):
+    """One method: a number inside the found set less that in another place, over the seeds that both have."""
+
+    method: str
+    value: Interval
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves out 0, with one seed where it is more than 0.02; else 0."""
+        if math.isnan(self.value.low):
+            return 0 if abs(self.value.value) <= SAME else int(math.copysign(1, self.value.value))
+        return 1 if self.value.low > 0 else -1 if self.value.high < 0 else 0
+
+
+def verdict(study: Study) -> Verdict:
+    """What the study shows, counted over its methods."""
+    lines = [*_comparisons(study), *_controls(study), *_missing(study)]
+    label = f"{len(_methods(study))} methods at a matched forget level"
+    return Verdict(label=label, tone="none", sentences=tuple(lines))
+
+
+def by_method(study: Study) -> list[str]:
+    """One line for each method: its places beside one another at the level."""
+    return [line for method in _methods(study) if (line := _line(study, method))]
+
+
+def _methods(study: Study) -> list[str]:
+    return [m for m in study.methods if any(r.method == m and r.role != "shallow" for r in study.records)]
+
+
+# --- one method ------------------------------------------------------------------------------------------------------
+
+
+def _line(study: Study, method: str) -> str:
+    rows = [row for row in study.rows if row.method == method and row.state == "reached"]
+    targets = sorted({row.target for row in rows})
+    parts = [_at(study, method, [row for row in rows if row.target == target], target) for target in targets]
+    missed = [row for row in study.rows if row.method == method and row.state == "not reached"]
+    if missed:
+        told = ", ".join(f"{row.place} (lowest {number(row.values['lowest'].value)})" for row in missed)
+        parts.append(f"The level was not reached in {told}.")
+    return " ".join(parts) if parts else ""
+
+
+def _at(study: Study, method: str, rows: Sequence[Row], target: float) -> str:
+    """ "npo at forget level 0.25: retain accuracy 0.93 in the whole model, 0.90 in ..." """
+    told = [said for column in numbers_of(study) if column.key != "level" and (said := _numbers(column, rows))]
+    seeds = {len(row.seeds) for row in rows}
+    count = f" ({max(seeds)} seeds)" if max(seeds) > 1 else ""
+    return f"{method} at forget level {target:g}{count}: {'; '.join(told)}."
+
+
+def _numbers(column: Number, rows: Sequence[Row]) -> str:
+    if column.key.split(".")[-1] == "share_back":
+        return ""
+    found = [(row.place, row.values.get(column.key)) for row in rows]
+    there = [f"{interval(value)} in {place}" for place, value in found if value is not None]
+    return f"{column.words} {', '.join(there)}" if there else ""
+
+
+# --- over the methods ------------------------------------------------------------------------------------------------
+
+
+def _comparisons(study: Study) -> list[str]:
+    """For each found set: how many methods keep more, say less of other formats and return less, inside it."""
+    lines: list[str] = []
+    found = dict.fromkeys(r.restriction for r in study.records if r.role == "found")
+    for place in found:
+        for other in _others(study, place):
+            told = [said for column in _headlines(study) if (said := _count(study, column, place, other))]
+            if told:
+                lines.append(f"{place} against {other}: {'; '.join(told)}.")
+    return lines
+
+
+def _others(study: Study, place: str) -> list[str]:
+    there = {record.restriction for record in study.records}
+    return [name for name in ("whole model", f"random like {place}", f"all but {place}") if name in there]
+
+
+def _headlines(study: Study) -> list[Number]:
+    """Retain, the formats that were not trained on, and what attacks bring back with what they keep."""
+    attacked = {f"{attack}.{name}" for attack in attacks_of(study) for name in ("recovered", "retain")}
+    metric = study_table.metric_of(study)
+    keys = {f"retain.{metric}", f"forget.paraphrase_{metric}", *attacked}
+    keys |= {f"forget.{metric}[{part}]" for part in study_table.formats_of(study)}
+    return [column for column in numbers_of(study) if column.key in keys]
+
+
+def _count(study: Study, column: Number, place: str, other: str) -> str:
+    found = differences(study, column.key, place, other)
+    if not found:
+        return ""
+    higher, lower = (sum(d.sign == sign for d in found) for sign in (1, -1))
+    mean = sum(d.value.value for d in found) / len(found)
+    return (
+        f"{column.words} higher with {higher} and lower with {lower} of {len(found)} methods (mean difference "
+        f"{mean:+.2f})"
+    )
+
+
+def differences(study: Study, key: str, place: str, other: str) -> list[Difference]:
+    """For each method that reached the level in both places a number's difference, seed by seed."""
+    made: list[Difference] = []
+    for method in _methods(study):
+        here, there = (_by_seed(study, method, name, key) for name in (place, other))
+        both = [here[at] - there[at] for at in here if at in there]
+        if both:
+            made.append(Difference(method, over_seeds(both)))
+    return made
+
+
+def _by_seed(study: Study, method: str, place: str, key: str) -> dict[tuple[int, float], float]:
+    """(seed, target) -> the number, of edits in the weights that reached the level."""
+
+    def fits(r: Record) -> bool:
+        return (r.method, r.restriction, r.state) == (method, place, "reached") and r.hold in ("weights", "hooks")
+
+    found = {(r.seed, r.target): r.values[key] for r in study.records if fits(r) and key in r.values}
+    return {at: value for at, value in found.items() if math.isfinite(value)}
+
+
+def _controls(study: Study) -> list[str]:
+    """Whether the attacks bring back what was only suppressed."""
+    lines: list[str] = []
+    role: Role = "shallow"
+    for attack in attacks_of(study):
+        shares = [r.values[f"{attack}.share_back"] for r in study.records if r.role == role and r.state == "reached"
+                  and f"{attack}.share_back" in r.values]  # fmt: skip
+        known = [share for share in shares if math.isfinite(share)]
+        if not known:
+            continue
+        share = sum(known) / len(known)
+        works = "so an edit that it does not bring back is more than suppressed" if share >= BACK else (
+            "so that little comes back elsewhere proves nothing"
+        )  # fmt: skip
+        lines.append(f"{attack} brings back {share:.0%} of what an edit of the last MLPs only suppressed: {works}.")
+    return lines
+
+
+def _missing(study: Study) -> list[str]:
+    lines: list[str] = []
+    for state, said in (("not reached", "did not reach the level"), ("failed", "failed"), ("missing", "are not there")):
+        count = sum(record.state == state for record in study.records)
+        if count:
+            lines.append(f"{count} of {len(study.records)} edits {said}.")
+    return lines

@@ -1,0 +1,122 @@
+"""What a study found: one record a cell, one row a method, restriction and hold, over the seeds."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from locedit.grading.statistics import Interval, over_seeds
+from locedit.results import Role
+
+State = Literal["reached", "not reached", "failed", "missing"]
+LEVEL = "level"
+"the column of the forget level at which an edit stands"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One cell: one edit in one seed."""
+
+    method: str
+    restriction: str
+    role: Role
+    hold: str
+    seed: int
+    target: float
+    "the level at which edits are compared"
+    state: State
+    values: dict[str, float] = field(default_factory=dict[str, float])
+    """numbers by name: `level`, `lowest`, `dose`, `forget.accuracy[question]`, `relearn.recovered`, `seconds`, ..."""
+    dose: str = ""
+    "what the dose counts"
+    note: str = ""
+    warnings: tuple[str, ...] = ()
+    sentence: str = ""
+    "of the attacks"
+    key: str = ""
+    "name of the cell's folder"
+
+    @property
+    def place(self) -> tuple[str, str, str, float]:
+        """Method, restriction, hold, target: what the seeds of a row share."""
+        return self.method, self.restriction, self.hold, self.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The cells of a method, restriction and hold that ended in the same state, over their seeds."""
+
+    method: str
+    restriction: str
+    role: Role
+    hold: str
+    target: float
+    state: State
+    seeds: tuple[int, ...]
+    values: dict[str, Interval]
+    "mean over the seeds with Student's 95 % interval; the ends are NaN with one seed"
+    dose: str = ""
+    note: str = ""
+
+    @property
+    def place(self) -> str:
+        """Restriction and, where it is not the weights, hold."""
+        return self.restriction if self.hold == "weights" else f"{self.restriction} ({HELD.get(self.hold, self.hold)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """NaN as null."""
+        values = {name: [_null(number) for number in interval] for name, interval in self.values.items()}
+        return asdict(self) | {"seeds": list(self.seeds), "values": values}
+
+
+HELD = {"adapter": "LoRA", "hooks": "hooks"}
+
+
+def rows_of(records: Iterable[Record]) -> tuple[Row, ...]:
+    """The records over their seeds, in the order in which they come; what did not reach the level stands apart."""
+    grouped: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        grouped.setdefault((*record.place, record.state), []).append(record)
+    return tuple(_row(found) for found in grouped.values())
+
+
+def _row(records: Sequence[Record]) -> Row:
+    first = records[0]
+    names = dict.fromkeys(name for record in records for name in record.values)
+    notes = dict.fromkeys(part for record in records for part in (record.note, *record.warnings) if part)
+    return Row(
+        method=first.method,
+        restriction=first.restriction,
+        role=first.role,
+        hold=first.hold,
+        target=first.target,
+        state=first.state,
+        seeds=tuple(record.seed for record in records),
+        values={name: _interval([r.values[name] for r in records if name in r.values]) for name in names},
+        dose=first.dose,
+        note="; ".join(notes),
+    )
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    """NaN and infinite numbers have no interval."""
+    if not all(map(math.isfinite, values)):
+        return Interval(math.nan, math.nan, math.nan)
+    return over_seeds(values)
+
+
+def _null(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def record_from_json(value: Mapping[str, Any]) -> Record:
+    """From the fields of a record."""
+    numbers = {name: math.nan if number is None else number for name, number in value["values"].items()}
+    fields: dict[str, Any] = {**value, "values": numbers, "warnings": tuple(value["warnings"])}
+    return Record(**fields)
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """The fields, NaN as null."""
+    values = {name: _null(number) for name, number in record.values.items()}
+    return asdict(record) | {"values": values, "warnings": list(record.warnings)}
