@@ -35,6 +35,8 @@ class RelearnOptions:
     "auto: accuracy for facts, memorization_accuracy for private texts"
     controls: bool = True
     "relearn never-known items, and attack a shallow edit, for comparison"
+    shallow: bool = True
+    "whether the shallow edit is among the controls; it costs its training and as many runs as there are splits"
     shallow_steps: int = 200
     "training steps of the shallow edit at most"
     shallow_learning_rate: float = 1e-3

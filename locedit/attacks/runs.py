@@ -41,7 +41,8 @@ class Relearning:
         self.done, self.total = 0, self._count()
 
     def _count(self) -> int:
-        arms = len(self.options.learning_rates) + len(self.others) + (2 if self.options.controls else 0)
+        controls = 1 + self.options.shallow if self.options.controls else 0
+        arms = len(self.options.learning_rates) + len(self.others) + controls
         return arms * self.options.splits
 
     def _retain(self) -> tuple[list[Example], list[Example]]:
@@ -113,7 +114,7 @@ class Relearning:
 
     def _shallow(self, doses: Mapping[int, Dose], *, level: float) -> tuple[Arm | None, str]:
         """An edit that only hides the answers, at the same forget level."""
-        if not self.options.controls:
+        if not (self.options.controls and self.options.shallow):
             return None, ""
         retain = encode(self.model, self.task.retain) if self.task.retain is not None else []
         edit, words, reached = suppression(
