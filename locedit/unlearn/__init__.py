@@ -36,6 +36,7 @@ from locedit.unlearn import (
     texts,
     undial,
     unlikelihood,
+    weight_mask,
     wga,
 )
 from locedit.unlearn.registry import ForgetOptions, Method, RetainOptions, nll, objective_of, retain_terms
@@ -195,6 +196,15 @@ METHODS: dict[str, Method] = {
         others=llmu.others,
         verify=llmu.verify,
         kinds=("fact",),
+    ),
+    "weight_mask": Method(
+        function=weight_mask.weight_mask,
+        options=weight_mask.WeightMaskOptions,
+        requires=("forget", "retain"),
+        paper="Guo et al. 2024, arXiv:2410.12949",
+        trained=False,
+        holds=("weights",),
+        verify=weight_mask.verify,
     ),
     "pcgu": Method(
         function=pcgu.loss,

@@ -1,8 +1,8 @@
 """Weight masking of Mechanistic Unlearning: the few weights whose removal forgets (Guo et al. 2024, arXiv:2410.12949).
 
 Inside the set weights are trained that can only shrink towards zero (`edit.mask`). Then the k weights with the smallest
-mask W / W0 are set to 0 and all others back to their own bits. The edit's history is the trade-off over k: the levels at
-a geometric grid of k, from none to all that training shrank.
+mask W / W0 are set to 0 and all others back to their own bits. The edit's history is the trade-off over k: the levels
+at a geometric grid of k, from none to all that training shrank.
 
 Loss: forget_weight * (-log(1 - p) of the answers, or the likelihood of new answers) + retain + texts + a penalty. The
 paper's newer form trains the weights by SGD (learning rate 1e-3, momentum 0.9, weight decay 0.01) and penalises the sum
