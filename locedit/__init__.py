@@ -31,7 +31,7 @@ _HOMES = {
     "scale": "locedit.edit",
     "zero": "locedit.edit",
 }
-_CALLABLE = ("evaluate", "lab", "localize", "report", "unlearn")
+_CALLABLE = ("evaluate", "lab", "localize", "report", "study", "unlearn")
 "subpackages that are called like the one function they are named after"
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "relearn",
     "report",
     "scale",
+    "study",
     "unlearn",
     "zero",
 ]
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from locedit.models import Model, load
     from locedit.report import report
     from locedit.results import Comparison, Evaluation
+    from locedit.study import study
     from locedit.unlearn import unlearn
 
 

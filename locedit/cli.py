@@ -16,6 +16,7 @@ examples:
   locedit edit MODEL my_task/ --within runs/a/components.json --method npo --out runs/a
   locedit evaluate MODEL my_task/ --edit runs/a/edit --attacks relearn --out runs/a
   locedit report runs/a --out report.html
+  locedit study study.toml --jobs 2
 """
 
 
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"locedit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_demo, _check, _lab, _localize, _circuit, _edit, _evaluate, _report, _export, _grade):
+    for add in (_demo, _check, _lab, _localize, _circuit, _edit, _evaluate, _report, _export, _grade, _study):
         add(commands)
     for add in (_methods, _metrics):
         add(commands)
@@ -296,6 +297,20 @@ def _grade(commands: Commands) -> None:  # type: ignore[type-arg]
         help="planted, deletion, oracle (default all three)",
     )
     _out(parser)
+
+
+def _study(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands,
+        "study",
+        "run a grid of localizers, methods, restrictions, holds, seeds and attacks from one TOML file",
+        "Every edit is kept under the content of what made it, so the same command goes on where it was stopped, and a "
+        "changed file makes only what changed. Ends with one page; locedit.study.config lists the keys of the file.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study.toml; its paths are relative to the current folder")
+    parser.add_argument("--out", metavar="FOLDER", help="default runs/ and the file's name")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="local processes (default 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the edits and about how long they take")
 
 
 def _methods(commands: Commands) -> None:  # type: ignore[type-arg]
