@@ -36,8 +36,11 @@ class Svd:
     """
 
     svd: Literal["exact", "randomized"] = "exact"
+    "how the leading singular vectors are found: exact, or by random projection"
     oversample: int = 8
+    "random vectors beyond the rank, of svd='randomized'"
     power_iterations: int = 4
+    "products with the matrix and its transpose that sharpen the range, of svd='randomized'"
 
     def __post_init__(self) -> None:
         for name in ("oversample", "power_iterations"):

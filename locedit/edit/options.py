@@ -28,6 +28,7 @@ class TrainOptions:
     accumulate: int = 1
     "batches averaged in one optimizer step"
     optimizer: Literal["adamw", "rmsprop", "sgd"] = "adamw"
+    "adamw, rmsprop or plain sgd, each with PyTorch's other defaults"
     weight_decay: float = 0.0
     "decoupled, as in AdamW, with every optimizer"
     decay: Literal["base", "weights"] = "base"
@@ -57,6 +58,7 @@ class TrainOptions:
     level: Level = "probability"
     "what is measured: probability of the whole answer, or token_probability"
     seed: int = 0
+    "of the order of the examples and of everything else that is drawn at random"
     precision: Precision = "model"
     """of forward and backward: model, the dtype it was loaded in; bfloat16 or float16, mixed: products of a float32
     model in half precision, while changes, optimizer, losses and measured levels stay in float32"""
