@@ -2,45 +2,104 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from locedit.commands.inputs import about, key, read_data, read_model, reused, start
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task
 from locedit.errors import LoceditError
 from locedit.models import Model
+from locedit.provenance import content_hash
 from locedit.registries import method_options
 from locedit.runs import Run
 from locedit.storage import refuse_overwrite
 from locedit.terminal import note
 
+Result = TypeVar("Result")
+
 
 def edit_command(args: argparse.Namespace) -> None:
-    """Make an edit inside a set, and its controls when asked for."""
-    from locedit.edit import Edit
-    from locedit.unlearn import METHODS, prepare, unlearn
+    """Make an edit inside a set, and its controls when asked for; an unfinished training goes on where it was."""
+    from locedit.unlearn import METHODS, prepare
 
     options = method_options(METHODS, args.method, args.extra)
     if args.controls and not args.within:
         raise LoceditError("--controls compares a set with random sets of the same size; give --within")
     asked = ComponentSet.load(args.within) if args.within else None
     prepare(args.method, read_data(args), within=asked, hold=args.hold, **options)
+    main = _join_processes(args)
     run_folder, model, task = start(args)
     within = None if asked is None else model.bind(asked)
-    _say_memory(model, within, args.hold)
-    edit = run_folder.stage(
+    if main:
+        _say_memory(model, within, args.hold)
+    edit = _edit(run_folder, model, task, args, options, within, main=main)
+    if main:
+        run_folder.write_once("run.json", about(args, model))
+        note(f"{run_folder.folder / 'edit'}: {edit}")
+    if args.controls and within is not None:
+        _compare(run_folder, model, task, edit, args, options, within, main=main)
+
+
+def _join_processes(args: argparse.Namespace) -> bool:
+    """Whether this is the process that writes and speaks, alone or of those that a launcher started on one edit."""
+    from locedit.edit import parallel
+
+    processes, device = parallel.start()
+    if processes.count > 1 and args.device_map:
+        raise LoceditError("--device-map spreads one model over the GPUs; leave it out with several processes")
+    if device is not None and args.device == "auto":
+        args.device = str(device)
+    return processes.main
+
+
+def _stage(
+    run_folder: Run,
+    name: str,
+    made_from: dict[str, Any],
+    make: Callable[[], Result],
+    *,
+    main: bool,
+    save: Callable[[Result, Path], None],
+    load: Callable[[Path], Result],
+) -> Result:
+    """The result of a stage, whose trainings keep their state in the run folder until it is saved.
+
+    Of several processes one saves; the others make the same in their memory, or read what is there already.
+    """
+    from locedit.edit.checkpoint import checkpoints
+    from locedit.edit.parallel import Processes
+
+    there = Processes.now().from_main(lambda: run_folder.has(name, made_from))
+    with checkpoints(run_folder.folder / "unfinished", made_for=content_hash(made_from)):
+        if main:
+            return run_folder.stage(name, made_from, make, save=save, load=load, on_reuse=reused)
+        return load(run_folder.folder / name) if there else make()
+
+
+def _edit(
+    run_folder: Run,
+    model: Model,
+    task: Task,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    within: ComponentSet | None,
+    *,
+    main: bool,
+) -> Any:
+    from locedit.edit import Edit
+    from locedit.unlearn import unlearn
+
+    return _stage(
+        run_folder,
         "edit",
         key(model, task, method=args.method, options=options, hold=args.hold, within=_identity(within)),
         lambda: unlearn(model, task, args.method, within=within, hold=args.hold, **options),
+        main=main,
         save=lambda made, folder: made.save(folder, force=True),
         load=Edit.load,
-        on_reuse=reused,
     )
-    run_folder.write_once("run.json", about(args, model))
-    note(f"{run_folder.folder / 'edit'}: {edit}")
-    if args.controls and within is not None:
-        _compare(run_folder, model, task, edit, args, options, within)
 
 
 def _compare(
@@ -51,6 +110,8 @@ def _compare(
     args: argparse.Namespace,
     options: dict[str, Any],
     within: ComponentSet,
+    *,
+    main: bool,
 ) -> None:
     from locedit.controls import compare
     from locedit.results import Comparison
@@ -61,7 +122,8 @@ def _compare(
         for name, control in made.edits.items():
             control.save(folder / "edits" / name.replace(" ", "-"))
 
-    comparison = run_folder.stage(
+    comparison = _stage(
+        run_folder,
         "comparison",
         key(model, task, edit=edit.digest, controls=args.controls),
         lambda: compare(
@@ -75,13 +137,13 @@ def _compare(
             edit=edit,
             **options,
         ),
+        main=main,
         save=save,
         load=lambda folder: Comparison.load(folder / "comparison.json"),
-        on_reuse=reused,
     )
-    note(
-        f"{run_folder.folder / 'comparison'}: {len(comparison.curves)} dose curves, compared at {comparison.level:.3g}"
-    )
+    if main:
+        name, count = run_folder.folder / "comparison", len(comparison.curves)
+        note(f"{name}: {count} dose curves, compared at {comparison.level:.3g}")
 
 
 def _scores_behind(within: ComponentSet, run_folder: Run) -> Scores | None:
@@ -100,8 +162,6 @@ def _scores_behind(within: ComponentSet, run_folder: Run) -> Scores | None:
 def _identity(within: ComponentSet | None) -> dict[str, Any] | None:
     if within is None:
         return None
-    from locedit.provenance import content_hash
-
     return {"components": len(within), "hash": content_hash(within.to_json() | {"provenance": None})}
 
 

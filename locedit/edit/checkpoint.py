@@ -24,6 +24,7 @@ from torch import Tensor
 
 from locedit.data.encode import Example, Span
 from locedit.edit.objective import Matched, Objective
+from locedit.edit.parallel import Processes
 from locedit.errors import LoceditError
 from locedit.provenance import content_hash, plain
 from locedit.storage import read_tensors, write_tensors
@@ -57,7 +58,8 @@ def checkpoints(folder: str | Path, *, cost: float = 0.05, made_for: str = "") -
         yield
     finally:
         _place.reset(token)
-    shutil.rmtree(folder, ignore_errors=True)
+    if Processes.now().main:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def place(folder: str | Path | None) -> Place | None:

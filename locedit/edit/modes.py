@@ -73,14 +73,15 @@ def _recomputing(module: nn.Module) -> Generator[None]:
     if not any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
         raise LoceditError(f"gradient_checkpointing: the blocks of {type(module).__name__} cannot be recomputed")
     getattr(module, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
+    blocks: list[Any] = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
     try:
-        for part in module.modules():
-            if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
-                block: Any = part
-                block.training = True
-                block._gradient_checkpointing_func = partial(_in_evaluation, block, block._gradient_checkpointing_func)
+        for block in blocks:
+            block.training = True
+            block._gradient_checkpointing_func = partial(_in_evaluation, block, block._gradient_checkpointing_func)
         yield
     finally:
+        for block in blocks:
+            del block._gradient_checkpointing_func
         getattr(module, f"{word}_disable")()
 
 

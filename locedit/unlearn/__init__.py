@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from locedit.edit.levels import levels
 from locedit.edit.objective import Objective
 from locedit.edit.train import TrainOptions, train
 from locedit.errors import LoceditError, nearest
+from locedit.evaluate.overforgetting import over_forgetting
 from locedit.models import Model
 from locedit.unlearn import (
     ceu,
@@ -39,7 +41,10 @@ from locedit.unlearn import (
     weight_mask,
     wga,
 )
+from locedit.unlearn.combine import Methods
 from locedit.unlearn.registry import ForgetOptions, Method, RetainOptions, nll, objective_of, retain_terms
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ _ablation = functools.partial(
 )
 _loss = functools.partial(Method, requires=("forget", "retain"))
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = Methods({
     "zero": _ablation(function=_zero, options=NoOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
     "mean": _ablation(function=_mean, options=NoOptions, paper="Wang et al. 2023, arXiv:2211.00593"),
     "scale": _ablation(function=_scale, options=ScaleOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
@@ -215,7 +220,8 @@ METHODS: dict[str, Method] = {
         pairs=True,
         finish=pcgu.finish,
     ),
-}
+})  # fmt: skip
+"""Name -> method; a name such as npo+0.5*kl is a combination (see `combine`)."""
 
 
 def unlearn(
@@ -225,24 +231,36 @@ def unlearn(
     *,
     within: ComponentSet | None = None,
     hold: str | None = None,
+    check: bool = True,
     **options: Any,
 ) -> Edit:
     """Make the model forget `task.forget` by a method of METHODS, only inside `within` (None = the whole model).
 
     `hold` is weights (in place), adapter (LoRA, trained methods) or hooks (zero, mean, scale); by default the first of
     these that the method knows. The model is unchanged; the edit's history follows the mean answer probability on
-    forget and retain data.
+    forget and retain data. `check` looks for over-forgetting afterwards (see `evaluate.overforgetting`): its numbers go
+    into the edit's outcome, and what it finds is logged as a warning.
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
     method = METHODS[name]
     hold = hold or method.holds[0]
     task = method.reads(task)
-    if not method.trained:
+    if method.trained:
+        edit = train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
+        edit = edit if method.finish is None else method.finish(model, edit, chosen)
+    else:
         edit = method.function(model, task, within=within, hold=hold, options=chosen)
-        return edit if edit.history else _with_levels(model, task, edit)
-    edit = train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
-    return edit if method.finish is None else method.finish(model, edit, chosen)
+        edit = edit if edit.history else _with_levels(model, task, edit)
+    return _checked(model, task, edit, name) if check else edit
+
+
+def _checked(model: Model, task: Task, edit: Edit, name: str) -> Edit:
+    """The edit with what was found of over-forgetting."""
+    found = over_forgetting(model, task, edit)
+    if found.warning is not None:
+        log.warning("%s: %s", name, found.warning)
+    return dataclasses.replace(edit, outcome=edit.outcome | {"over_forgetting": found.to_json()})
 
 
 def _with_levels(model: Model, task: Task, edit: Edit) -> Edit:
