@@ -1,21 +1,23 @@
 """LoRA held edits: nothing outside the set changes, the base never does, and PEFT reads what is exported."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from locedit.data.encode import collate, encode
 from locedit.edit import Edit
-from locedit.edit.adapter import Lora
+from locedit.edit.adapter import Lora, linear_pieces
 from locedit.edit.restrict import holders, out_axis
 from locedit.errors import LoceditError
-from locedit.models import Model
+from locedit.models import Model, load
 from locedit.unlearn import unlearn
 from tests import edits, tiny
 
-SETTINGS = {"steps": 6, "learning_rate": 1e-2, "eval_every": 0, "rank": 3}
+SETTINGS: dict[str, Any] = {"steps": 6, "learning_rate": 1e-2, "eval_every": 0, "rank": 3}
 
 
 def logits(model: Model) -> torch.Tensor:
@@ -123,3 +125,88 @@ def test_what_an_adapter_cannot_hold() -> None:
         unlearn(model, edits.task(), "npo", within=norm, hold="adapter", **SETTINGS)
     with pytest.raises(LoceditError, match="decay='weights' does not go with hold='adapter'"):
         unlearn(model, edits.task(), "npo", hold="adapter", decay="weights", weight_decay=0.1, **SETTINGS)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "bert"])
+def test_outputs_outside_the_rows_keep_their_bits(architecture: str, half: bool) -> None:
+    model = edits.half(architecture) if half else tiny.model(architecture)
+    rows = [2, 3, 9]
+    within = model.components({"blocks.1.mlp.out.row": rows})
+    (piece,) = linear_pieces(model, within)
+    edit = unlearn(model, edits.task(), "npo", within=within, hold="adapter", **SETTINGS)
+    width = piece.weight.shape[1 - out_axis(piece.module)]
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    with torch.no_grad():
+        plain = piece.module(x)
+        with edit.applied(model):
+            changed = piece.module(x)
+    rest = [i for i in range(plain.shape[-1]) if i not in rows]
+    assert changed.dtype == plain.dtype
+    assert torch.equal(changed[..., rest].view(torch.uint8), plain[..., rest].view(torch.uint8))
+    assert not torch.equal(changed[..., rows], plain[..., rows])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_inputs_outside_the_columns_change_nothing(half: bool) -> None:
+    model = edits.half("llama") if half else tiny.model("llama")
+    columns = [1, 7, 40]
+    within = model.components({"blocks.1.mlp.out.column": columns})
+    (piece,) = linear_pieces(model, within)
+    edit = unlearn(model, edits.task(), "npo", within=within, hold="adapter", **SETTINGS)
+    x = torch.randn(2, 5, piece.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    outside = x.clone()
+    outside[..., columns] = 0.0
+    with torch.no_grad():
+        plain = piece.module(x), piece.module(outside)
+        with edit.applied(model):
+            assert torch.equal(piece.module(outside), plain[1])
+            assert not torch.equal(piece.module(x), plain[0])
+
+
+@pytest.mark.parametrize("method", ["npo", "loku"])
+def test_several_pieces_of_a_weight_are_exported_as_one(method: str, tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    both = model.components({"blocks.0.mlp.out.row": [2, 3, 9]}) | model.components({"blocks.0.mlp.out.column": [1, 7]})
+    edit = unlearn(model, edits.task(), method, within=both, hold="adapter", **SETTINGS)
+    assert len(edit.adapters) == 2
+    assert len({adapter.param for adapter in edit.adapters}) == 1
+    with edit.applied(model) as edited:
+        expected = logits(edited)
+    edit.export(model, tmp_path / "adapter")
+    wrapped = PeftModel.from_pretrained(model.module, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(
+        logits(load(merged, tokenizer=tiny.tokenizer(), device="cpu")), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_matrices_that_are_no_linear_map_of_their_own_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.model("llama_tied")
+    embedding = next(name for name in model.sites("row") if "embed" in name)
+    within = model.components({embedding: [5, 6]}) | edits.neurons_and_heads(model)
+    linear_pieces(model, edits.neurons_and_heads(model))
+    assert not caplog.records
+    names = {piece.param for piece in linear_pieces(model, within)}
+    assert names == {piece.param for piece in linear_pieces(model, edits.neurons_and_heads(model))}
+    assert [r.getMessage() for r in caplog.records] == [
+        "hold='adapter' leaves out what is no linear map of its own: model.embed_tokens.weight"
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "bert"])
+def test_without_a_set_the_linear_maps_of_the_blocks_are_trained(architecture: str) -> None:
+    """As many as peft's all-linear finds; a masked model's head, which peft takes too, is in no block."""
+    model = tiny.model(architecture)
+    wrapped = get_peft_model(
+        copy.deepcopy(model.module), LoraConfig(target_modules="all-linear", fan_in_fan_out=architecture == "gpt2")
+    )
+    theirs = {
+        name.split("base_model.model.")[1].split(".lora_A")[0]
+        for name, _ in wrapped.named_parameters()
+        if "lora_A" in name
+    }
+    ours = {piece.param.removesuffix(".weight") for piece in linear_pieces(model, None)}
+    assert ours == {name for name in theirs if not name.startswith("cls.")}
+    assert len(ours) == {"gpt2": 12, "bert": 18}.get(architecture, 21)

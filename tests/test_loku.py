@@ -146,7 +146,8 @@ def test_outputs_outside_the_rows_keep_their_bits(half: bool) -> None:
     model = edits.half("llama") if half else tiny.model("llama")
     rows = [2, 3, 9]
     within = model.components({"blocks.1.mlp.out.row": rows})
-    module = model.anatomy.blocks[1].mlp.down_proj  # type: ignore[union-attr]
+    (piece,) = linear_pieces(model, within)
+    module: Any = piece.module
     edit = unlearn(model, edits.task(), "loku", within=within, **SETTINGS)
     x = torch.randn(2, 5, module.in_features, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     with torch.no_grad():
@@ -174,7 +175,7 @@ def test_what_it_needs_is_said_before_a_model_is_loaded() -> None:
 
 def test_the_ablation_is_ascent_in_the_same_factors() -> None:
     model = tiny.model("llama")
-    common = {"within": edits.neurons_and_heads(model), **SETTINGS}
+    common: dict[str, Any] = {"within": edits.neurons_and_heads(model), **SETTINGS}
     found = {loss: unlearn(model, edits.task(), "loku", loss=loss, **common) for loss in ("ihl", "grad_diff")}
     diff = unlearn(model, edits.task(), "grad_diff", hold="adapter", **common)
     assert found["grad_diff"].history["forget_loss"][1] == diff.history["forget_loss"][1]
