@@ -81,8 +81,8 @@ def tradeoff(study: Study, attack: str) -> Figure:
         for place, style in styles(rows).items()
         if (here := [row for row in rows if row.place == place])
     ]
-    axis = f"{metric} on forget items not relearned, after {attack} (left is better)"
-    made = figure(traces, height=460, xaxis_title=axis, yaxis_title=f"retain {metric} after the edit (up is better)")
+    axis = f"forget after {attack} (left is better)"
+    made = figure(traces, height=460, xaxis_title=axis, yaxis_title="retain after the edit (up is better)")
     never = [row.values[f"{attack}.never_known"].value for row in rows if f"{attack}.never_known" in row.values]
     if never:
         mean = sum(never) / len(never)

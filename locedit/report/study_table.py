@@ -50,16 +50,15 @@ def numbers_of(study: Study) -> list[Number]:
     """The columns that this study has numbers for."""
     metric = metric_of(study)
     parts = [
-        Number(key=f"forget.{metric}[{part}]", title=f"forget: {_words(part)}", words=_words(part))
-        for part in formats_of(study)
+        Number(key=f"forget.{metric}[{part}]", title=_words(part), words=_words(part)) for part in formats_of(study)
     ] or [Number(key=f"forget.{metric}", title="forget", words=f"forget {_words(metric)}")]
     wanted = [
         Number(key=LEVEL, title="forget level", words="forget level", unedited=False),
         Number(key=f"retain.{metric}", title="retain", words=f"retain {_words(metric)}"),
         *parts,
-        Number(key=f"forget.paraphrase_{metric}", title="forget: paraphrases", words="paraphrases"),
+        Number(key=f"forget.paraphrase_{metric}", title="paraphrases", words="paraphrases"),
         Number(key=f"forget.neighbour_{metric}", title="neighbours", words="neighbours"),
-        Number(key="texts.kl_to_base", title="texts: KL to unedited", words="KL on texts", unedited=False),
+        Number(key="texts.kl_to_base", title="texts: KL", words="KL on texts", unedited=False),
     ]
     for attack in attacks_of(study):
         wanted += attack_columns(attack)
@@ -100,9 +99,10 @@ def reached(study: Study) -> TableView:
     rows = [_row(row, columns) for row in study.rows if row.state == "reached"]
     caption = (
         "Mean over the seeds with Student's 95 % interval where there are several. All edits are read at the first "
-        "dose that takes the forget level to the level of the study, or below. Relearned: the metric on forget items "
-        "that were not relearned; beside it held-out items that were never known after the same attack, and what the "
-        "attack leaves of the retain items. Share back: 0 = like never known, 1 = as before the edit."
+        "dose that takes the forget level to the level of the study, or below; the other numbers are means over items. "
+        "Relearned: forget items that were not relearned, after the attack; beside it held-out items that were never "
+        "known, after the same attack, and what it leaves of the retain items. Share back: 0 = like never known, 1 = as "
+        "before the edit. KL: of the edited from the unedited model on texts."
     )
     return TableView(
         title="Every method at the matched forget level",

@@ -10,7 +10,7 @@ from locedit.report.numbers import number
 from locedit.report.study_table import Number, attacks_of, interval, numbers_of
 from locedit.report.words import Verdict
 from locedit.results import Role
-from locedit.study.records import Record, Row
+from locedit.study.records import LEVEL, Record, Row
 from locedit.study.result import Study
 
 SAME = 0.02
@@ -64,19 +64,21 @@ def _line(study: Study, method: str) -> str:
 
 
 def _at(study: Study, method: str, rows: Sequence[Row], target: float) -> str:
-    """ "npo at forget level 0.25: retain accuracy 0.93 in the whole model, 0.90 in ..." """
-    told = [said for column in numbers_of(study) if column.key != "level" and (said := _numbers(column, rows))]
-    seeds = {len(row.seeds) for row in rows}
-    count = f" ({max(seeds)} seeds)" if max(seeds) > 1 else ""
-    return f"{method} at forget level {target:g}{count}: {'; '.join(told)}."
+    """ "npo at forget level 0.25, in whole model / DEPN neurons: retain accuracy 0.93 / 0.90; ..." """
+    told = [said for column in numbers_of(study) if column.key != LEVEL and (said := _numbers(column, rows))]
+    seeds = max(len(row.seeds) for row in rows)
+    count = f" ({seeds} seeds)" if seeds > 1 else ""
+    places = " / ".join(row.place for row in rows)
+    return f"{method} at forget level {target:g}{count}, in {places}: {'; '.join(told)}."
 
 
 def _numbers(column: Number, rows: Sequence[Row]) -> str:
-    if column.key.split(".")[-1] == "share_back":
+    if column.key.endswith(".share_back"):
         return ""
-    found = [(row.place, row.values.get(column.key)) for row in rows]
-    there = [f"{interval(value)} in {place}" for place, value in found if value is not None]
-    return f"{column.words} {', '.join(there)}" if there else ""
+    found = [row.values.get(column.key) for row in rows]
+    if not any(found):
+        return ""
+    return f"{column.words} {' / '.join(interval(value) or '-' for value in found)}"
 
 
 # --- over the methods ------------------------------------------------------------------------------------------------
@@ -90,7 +92,8 @@ def _comparisons(study: Study) -> list[str]:
         for other in _others(study, place):
             told = [said for column in _headlines(study) if (said := _count(study, column, place, other))]
             if told:
-                lines.append(f"{place} against {other}: {'; '.join(told)}.")
+                count = len(differences(study, LEVEL, place, other))
+                lines.append(f"{place} against {other}, {count} methods (mean difference): {'; '.join(told)}.")
     return lines
 
 
@@ -114,10 +117,7 @@ def _count(study: Study, column: Number, place: str, other: str) -> str:
         return ""
     higher, lower = (sum(d.sign == sign for d in found) for sign in (1, -1))
     mean = sum(d.value.value for d in found) / len(found)
-    return (
-        f"{column.words} higher with {higher} and lower with {lower} of {len(found)} methods (mean difference "
-        f"{mean:+.2f})"
-    )
+    return f"{column.words} {higher} higher, {lower} lower ({mean:+.2f})"
 
 
 def differences(study: Study, key: str, place: str, other: str) -> list[Difference]:
@@ -152,10 +152,8 @@ def _controls(study: Study) -> list[str]:
         if not known:
             continue
         share = sum(known) / len(known)
-        works = "so an edit that it does not bring back is more than suppressed" if share >= BACK else (
-            "so that little comes back elsewhere proves nothing"
-        )  # fmt: skip
-        lines.append(f"{attack} brings back {share:.0%} of what an edit of the last MLPs only suppressed: {works}.")
+        works = "so the attack works" if share >= BACK else "so that little comes back elsewhere proves nothing"
+        lines.append(f"The attack {attack} brings back {share:.0%} of what the last MLPs only suppress, {works}.")
     return lines
 
 
