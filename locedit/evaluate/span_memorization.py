@@ -76,7 +76,7 @@ def rests(model: ScoringModel, items: Sequence[PrivateText]) -> list[Example]:
 
 
 def span_memorization_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
-    """s_ma, s_el and rest_accuracy of every private text; tokens weigh alike in the first and the last, spans in s_el."""
+    """s_ma, s_el and rest_accuracy of every private text; in s_el spans weigh alike, in the others tokens."""
     items = view.dataset.of(PrivateText, by=" and ".join(names))
     examples = encode(view.model, items)
     found: dict[str, Values] = {}
