@@ -244,7 +244,7 @@ def _edit(commands: Commands) -> None:  # type: ignore[type-arg]
     parser.add_argument("--within", metavar="FILE", help="components.json; without it the whole model may change")
     parser.add_argument("--method", default="npo", metavar="NAME", help="see `locedit methods` (default npo)")
     parser.add_argument(
-        "--hold", default="weights", help="how the change is held: weights, adapter or hooks (default weights)"
+        "--hold", help="how the change is held: weights, adapter or hooks (default: the first that the method knows)"
     )
     parser.add_argument(
         "--controls", type=int, default=0, metavar="N", help="also N random sets of the same size and everything"

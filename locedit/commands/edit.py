@@ -29,6 +29,7 @@ def edit_command(args: argparse.Namespace) -> None:
         raise LoceditError("--controls compares a set with random sets of the same size; give --within")
     asked = ComponentSet.load(args.within) if args.within else None
     prepare(args.method, read_data(args), within=asked, hold=args.hold, **options)
+    args.hold = args.hold or METHODS[args.method].holds[0]
     main = _join_processes(args)
     run_folder, model, task = start(args)
     within = None if asked is None else model.bind(asked)
