@@ -153,7 +153,7 @@ class _Trained:
         if edit is None or not set(self.probes) <= set(edit.history):
             edit = self._train(within, until=level if level is not None else self.options.until)
         found = self._rows(edit)
-        reached = level if level is not None else found[-1]["forget"]
+        reached = level if level is not None else _returned(edit, found)["forget"]
         controls: list[_Control] = [
             ("random", f"random {seed}", seed, other) for seed, other in random_sets(within, seeds).items()
         ]
@@ -170,14 +170,23 @@ class _Trained:
         return curves, reached
 
     def _train(self, within: ComponentSet | None, *, until: float | None) -> Edit:
-        options = dataclasses.replace(self.options, until=until)
-        goal = dataclasses.replace(objective(self.model, self.task, self.name, options=options), probes=self.probes)
+        options, goal = self.options, objective(self.model, self.task, self.name, options=self.options)
+        if until is not None:  # the level alone says when to stop, and which state counts
+            options = dataclasses.replace(options, until=until, choose="last", forget_at=None)
+            goal = dataclasses.replace(goal, stop=None)
+        goal = dataclasses.replace(goal, probes=self.probes)
         return train(self.model, goal, within=within, options=options, hold=self.hold)  # type: ignore[arg-type]
 
     def _rows(self, edit: Edit) -> list[Row]:
         table = edit.history
         measured = [at for at, value in enumerate(table["forget"]) if value is not None]
         return [{"steps": float(table["step"][at])} | {key: table[key][at] for key in self.probes} for at in measured]
+
+
+def _returned(edit: Edit, rows: Sequence[Row]) -> Row:
+    """The measured row of the state that a training returned: the last, unless it says so."""
+    step = edit.outcome.get("chosen", {}).get("step")
+    return next((row for row in rows if row["steps"] == step), rows[-1])
 
 
 # --- doses in components ---------------------------------------------------------------------------------------------
