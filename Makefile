@@ -30,7 +30,7 @@ notebooks: $(VENV)/.dev
 	$(BIN)/python analyses/run_notebooks.py
 
 bench: $(VENV)/.dev
-	missed=0; for name in integrated_gradients fisher pcgu patching path_patching restricted_step; do \
+	missed=0; for name in integrated_gradients fisher pcgu patching path_patching restricted_step extraction; do \
 	  $(BIN)/python -m benchmarks.$$name || missed=1; done; exit $$missed
 
 clean:

@@ -4,6 +4,9 @@ A text is read once. Its keys and values, which for a causal model do not depend
 prefixes: each prefix is a row whose keys are moved to the right edge, as with padding on the left, and new keys follow
 in buffers made in advance. Rows are ordered by how much they have to write, so that those that are done are cut off the
 end without a copy, and columns that are padding for all rows left are cut off the front.
+
+Where the most likely token after a prefix is the true one, its continuation is that token and the continuation of the
+prefix with it. So only prefixes after which the model errs are decoded, which of a memorised text are few.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
 
 from locedit import tracing
 from locedit.data.encode import IGNORE, Batch, unseen_padding
 from locedit.errors import LoceditError
+from locedit.evaluate.key_buffers import Buffers, kept
 from locedit.generation import end_tokens
 from locedit.losses import ScoringModel
 from locedit.models import Model
@@ -98,17 +101,36 @@ def _together(
     model: Model, texts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]], *, memory: int
 ) -> list[Continued]:
     found: dict[int, Continued] = {}
+    ends = end_tokens(model)
     for read in _readings(model, texts, memory=memory // 4):
-        written: list[dict[int, tuple[int, ...]]] = [{} for _ in read.texts]
-        rows = [(at, prefix) for at, text in enumerate(read.texts) for prefix in prefixes[text]]
+        said = [read.first[at, : len(texts[text]) - 1].tolist() for at, text in enumerate(read.texts)]
+        errors = [_errors(texts[text], said[at], ends) for at, text in enumerate(read.texts)]
+        rows = [
+            (at, prefix)
+            for at, text in enumerate(read.texts)
+            for prefix in sorted({errors[at][start] for start in prefixes[text]})
+            if prefix < len(texts[text]) - 1 and said[at][prefix - 1] not in ends
+        ]
         rows.sort(key=lambda row: int(read.lengths[row[0]]) - row[1], reverse=True)
+        decoded: dict[tuple[int, int], tuple[int, ...]] = {}
         for chunk in _chunks(model, rows, read, memory=memory):
-            for (at, prefix), tokens in zip(chunk, _decode(model, read, chunk), strict=True):
-                written[at][prefix] = tokens
+            decoded |= zip(chunk, _decode(model, read, chunk, ends), strict=True)
         for at, text in enumerate(read.texts):
-            first = tuple(read.first[at, : len(texts[text]) - 1].tolist())
-            found[text] = Continued(first=first, written=dict(sorted(written[at].items())))
+            written: dict[int, tuple[int, ...]] = {}
+            for start in prefixes[text]:
+                error = errors[at][start]
+                written[start] = (*texts[text][start:error], *decoded.get((at, error), said[at][error - 1 : error]))
+            found[text] = Continued(first=tuple(said[at]), written=written)
     return [found[text] for text in range(len(texts))]
+
+
+def _errors(text: Sequence[int], said: Sequence[int], ends: set[int]) -> list[int]:
+    """For each prefix length the first one from there on after which the model errs, ends, or is at the last token."""
+    found = list(range(len(text)))
+    for prefix in range(len(text) - 2, 0, -1):
+        if said[prefix - 1] == text[prefix] and text[prefix] not in ends:
+            found[prefix] = found[prefix + 1]
+    return found
 
 
 def _readings(model: Model, texts: Sequence[Sequence[int]], *, memory: int) -> Iterator[_Read]:
@@ -160,33 +182,32 @@ def _chunks(
         yield chunk
 
 
-def _decode(model: Model, read: _Read, rows: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+def _decode(model: Model, read: _Read, rows: Sequence[tuple[int, int]], end: set[int]) -> list[tuple[int, ...]]:
     """The continuations of rows (text, prefix), ordered by how many tokens they lack, most first."""
     text, prefix = torch.tensor(rows, device=model.device).unbind(1)
     steps = read.lengths[text] - prefix
-    ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
+    ends = torch.tensor(sorted(end), device=model.device)
     token = read.first[text, prefix - 1]
     written = torch.full((len(rows), int(steps[0])), -1, device=model.device)
     written[:, 0] = token
     alive = torch.arange(len(rows), device=model.device)
     running = ~torch.isin(token, ends)
-    buffers = _Buffers(read, text, prefix, room=int(steps[0]) - 1)
+    buffers = Buffers(read.keys, read.values, text, prefix, room=int(steps[0]) - 1)
     for step in range(1, int(steps[0])):
         left = int((steps[alive] > step).sum())
-        kept: Tensor | int = left
-        if (still := int(running[:left].sum())) <= left // 2:
-            kept = running[:left].nonzero()[:, 0]
+        still = int(running[:left].sum())
         if not still:
             break
-        alive, running, token = (_keep(value, kept) for value in (alive, running, token))
-        buffers.keep(kept)
+        rows_left = running[:left].nonzero()[:, 0] if still <= left // 2 else left
+        alive, running, token = (kept(value, rows_left) for value in (alive, running, token))
+        buffers.keep(rows_left)
         token = _next(model, token, buffers, position=prefix[alive] + step - 1)
         written[alive[running], step] = token[running]
         running = running & ~torch.isin(token, ends)
     return [tuple(token for token in row if token >= 0) for row in written.tolist()]
 
 
-def _next(model: Model, token: Tensor, buffers: "_Buffers", *, position: Tensor) -> Tensor:
+def _next(model: Model, token: Tensor, buffers: Buffers, *, position: Tensor) -> Tensor:
     at = torch.ones(len(token), 1, dtype=torch.bool, device=token.device)
     with tracing.unembed_at(model, at):
         logits = model.module(
@@ -197,73 +218,6 @@ def _next(model: Model, token: Tensor, buffers: "_Buffers", *, position: Tensor)
             use_cache=True,
         ).logits
     return logits.argmax(-1).to(token.device)
-
-
-def _keep(value: Tensor, rows: Tensor | int) -> Tensor:
-    return value[:rows] if isinstance(rows, int) else value[rows.to(value.device)]
-
-
-class _Buffers:
-    """Keys and values of rows, each row's prefix against the right edge of the prefixes, and room for new ones."""
-
-    def __init__(self, read: _Read, text: Tensor, prefix: Tensor, *, room: int) -> None:
-        self.prefix = prefix
-        self.width = int(prefix.max())
-        "columns of the prefixes"
-        source = torch.arange(self.width, device=prefix.device) - (self.width - prefix)[:, None]  # [row, column]
-        pairs = zip(read.keys, read.values, strict=True)
-        self.layers = [
-            _Layer(*(_moved(value, text, source.clamp(min=0), room=room) for value in pair), filled=self.width)
-            for pair in pairs
-        ]
-        self.cache = Cache(layers=list(self.layers))
-
-    def keep(self, rows: Tensor | int) -> None:
-        """Only the first rows, or those with these numbers; drop the columns that are padding for all of them."""
-        self.prefix = _keep(self.prefix, rows)
-        for layer in self.layers:
-            layer.keep(rows, start=self.width - int(self.prefix.max()))
-
-    def mask(self) -> Tensor:
-        """`[row, column]`, 1 where a key stands, the new token's included."""
-        start, filled = self.layers[0].start, self.layers[0].filled
-        column = torch.arange(start, filled + 1, device=self.prefix.device)
-        return (column >= (self.width - self.prefix)[:, None]).long()
-
-
-def _moved(value: Tensor, text: Tensor, source: Tensor, *, room: int) -> Tensor:
-    """Entries of `[text, head, pos, d_head]` as `[row, head, column, d_head]`, with empty columns at the end."""
-    device = value.device
-    buffer = value.new_empty(len(text), value.shape[1], source.shape[1] + room, value.shape[3])
-    buffer[:, :, : source.shape[1]] = value[text.to(device)[:, None], :, source.to(device)].transpose(1, 2)
-    return buffer
-
-
-class _Layer(DynamicLayer):
-    """One layer's keys and values as a window of buffers that are written in place."""
-
-    def __init__(self, keys: Tensor, values: Tensor, *, filled: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self.start, self.filled = 0, filled
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        end = self.filled + key_states.shape[-2]
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, self.filled : end] = key_states
-        self.values[:, :, self.filled : end] = value_states
-        self.filled = end
-        return self.keys[:, :, self.start : end], self.values[:, :, self.start : end]
-
-    def get_seq_length(self) -> int:
-        return self.filled - self.start
-
-    def keep(self, rows: Tensor | int, *, start: int) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values, self.start = _keep(self.keys, rows), _keep(self.values, rows), start
 
 
 # --- one by one ------------------------------------------------------------------------------------------------------
