@@ -22,6 +22,7 @@ _HOMES = {
     "Scores": "locedit.components",
     "Task": "locedit.data",
     "compare": "locedit.controls",
+    "find_spans": "locedit.spans",
     "grade": "locedit.grading",
     "load": "locedit.models",
     "mean": "locedit.edit",
@@ -47,6 +48,7 @@ __all__ = [
     "Task",
     "compare",
     "evaluate",
+    "find_spans",
     "grade",
     "lab",
     "load",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from locedit.models import Model, load
     from locedit.report import report
     from locedit.results import Comparison, Evaluation
+    from locedit.spans import find_spans
     from locedit.study import study
     from locedit.unlearn import unlearn
 

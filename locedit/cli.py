@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; what is left over are options of the method, as `--name value`, kept in `extra`."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("localize", "edit", "evaluate", "demo", "grade", "circuit"):
+    if rest and args.command not in ("localize", "edit", "evaluate", "demo", "grade", "circuit", "spans"):
         parser.error(f"unknown argument {rest[0]!r}")
     args.extra = _pairs(parser, rest)
     return args
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"locedit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_demo, _check, _lab, _localize, _circuit, _edit, _evaluate, _report, _export, _grade, _study):
+    for add in (_demo, _check, _lab, _localize, _circuit, _edit, _evaluate, _report, _export, _grade, _study, _spans):
         add(commands)
     for add in (_methods, _metrics):
         add(commands)
@@ -122,8 +122,12 @@ def _command(commands: Commands, name: str, text: str, more: str = "") -> argpar
     return parser
 
 
-def _model_and_data(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder with a transformers model, or a hub id")
+def _model_and_data(
+    parser: argparse.ArgumentParser, *, nargs: str | None = None, model_nargs: str | None = None
+) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs=model_nargs, help="a folder with a transformers model, or a hub id"
+    )
     parser.add_argument("data", metavar="DATA", nargs=nargs, help="a JSON-lines file, a task folder or a task .toml")
     parser.add_argument(
         "--fields", metavar="A=B,...", help="rename fields of the data, e.g. prompt=question,answer=response"
@@ -311,6 +315,37 @@ def _study(commands: Commands) -> None:  # type: ignore[type-arg]
     parser.add_argument("--out", metavar="FOLDER", help="default runs/ and the file's name")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="local processes (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the edits and about how long they take")
+
+
+def _spans(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands,
+        "spans",
+        "choose which stretches of texts are to be forgotten, and write them as private texts",
+        "Rules: given (spans in the data), patterns, fields, surprisal (a model's probabilities), annotator (a model "
+        "is asked). MODEL may be left out where nothing needs it; with it spans are widened to whole tokens. Options "
+        "of the rule are given as --patterns email,phone, --names FILE, --threshold quantile; locedit.spans has them.",
+    )
+    _model_and_data(parser, model_nargs="?")
+    parser.add_argument("--rule", default="patterns", metavar="NAME", help="default patterns")
+    parser.add_argument(
+        "--scorer", metavar="MODEL", help="a model that has not memorised the texts; start = the task's"
+    )
+    parser.add_argument("--annotator", metavar="MODEL", help="the model to ask, if not MODEL")
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        const="context",
+        choices=("context", "scorer", "annotator"),
+        help="keep only spans that depend on what is before them, that MODEL knows better than the scorer, or that the "
+        "annotator says yes to (default context)",
+    )
+    parser.add_argument(
+        "--factor", type=float, default=2.0, help="with --verify: how much likelier, per token (default 2)"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="the private texts, such as task/forget.jsonl")
+    parser.add_argument("--rest", metavar="FILE", help="also what is outside the spans, such as task/retain.jsonl")
+    parser.add_argument("--force", action="store_true", help="replace files that are there already")
 
 
 def _methods(commands: Commands) -> None:  # type: ignore[type-arg]

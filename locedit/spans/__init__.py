@@ -6,7 +6,7 @@ component set and measure.
 
 from locedit.spans.annotator import AnnotatorOptions
 from locedit.spans.fields import FieldOptions
-from locedit.spans.find import RULES, check_models, check_rule, find_spans
+from locedit.spans.find import RULES, check_models, check_rule, find_spans, rule_named
 from locedit.spans.found import FoundSpans, Rejected, write_spans
 from locedit.spans.given import GivenOptions
 from locedit.spans.patterns import PATTERNS, PatternOptions
@@ -29,5 +29,6 @@ __all__ = [
     "check_rule",
     "find_spans",
     "rest",
+    "rule_named",
     "write_spans",
 ]

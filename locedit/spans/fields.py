@@ -30,6 +30,11 @@ class FieldOptions:
                 raise LoceditError(f"fields={name!r}; {nearest(name, FIELDS)}")
         if not self.fields:
             raise LoceditError(f"fields=(): name at least one of {', '.join(FIELDS)}")
+        self.others()
+
+    def others(self) -> Dataset | None:
+        """The facts of `values`."""
+        return read_facts(self.values) if isinstance(self.values, str) else self.values
 
 
 def fields(source: Source, options: FieldOptions) -> Sequence[Proposal]:
@@ -37,10 +42,10 @@ def fields(source: Source, options: FieldOptions) -> Sequence[Proposal]:
 
     A value that does not occur is reported: a text's own value for that text, one of `values` once for all texts.
     """
-    if options.values is None:
+    others = options.others()
+    if others is None:
         return [_own(item, options.fields, source.data.source) for item in source.data]
-    data = read_facts(options.values) if isinstance(options.values, str) else options.values
-    return _of_others(source.data, data, options.fields)
+    return _of_others(source.data, others, options.fields)
 
 
 def _own(item: Item, names: Sequence[str], source: str) -> Proposal:

@@ -81,9 +81,14 @@ def find_spans(
 
 def check_rule(rule: str, options: Mapping[str, Any]) -> Any:
     """The rule's options, filled and checked; needs no model."""
+    return option_values.fill(rule_named(rule).options, options, method=rule)
+
+
+def rule_named(rule: str) -> Rule:
+    """The rule of RULES."""
     if rule not in RULES:
         raise LoceditError(f"unknown rule {rule!r} for spans; {nearest(rule, RULES)}")
-    return option_values.fill(RULES[rule].options, options, method=rule)
+    return RULES[rule]
 
 
 def _no_options(options: Mapping[str, Any]) -> None:

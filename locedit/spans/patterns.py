@@ -50,6 +50,7 @@ class PatternOptions:
                 raise LoceditError(f"patterns={name!r}; {nearest(name, PATTERNS)}")
         if not self.patterns and self.names is None and self.file is None:
             raise LoceditError("patterns=() without names= and file=: there is nothing to look for")
+        compiled(self)  # so that a bad file is found before anything else is done
 
 
 def patterns(source: Source, options: PatternOptions) -> Sequence[Proposal]:

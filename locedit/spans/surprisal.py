@@ -72,13 +72,14 @@ def _by_difference(source: Source, options: SurprisalOptions) -> Sequence[Propos
     return _proposals(source, texts, [low - high for low, high in pairs], options)
 
 
-def _probabilities(model: Model, texts: Sequence[Located], options: SurprisalOptions) -> list[Float[Tensor, " token"]]:
+def _probabilities(model: Model, texts: Sequence[Located], options: SurprisalOptions) -> list[Tensor]:
+    """Of every text `[token]`."""
     scores = token_scores(model, [text.example for text in texts], batch_size=options.batch_size)
     return [found.log_probs.exp() for found in scores]
 
 
 def _proposals(
-    source: Source, texts: Sequence[Located], values: Sequence[Float[Tensor, " token"]], options: SurprisalOptions
+    source: Source, texts: Sequence[Located], values: Sequence[Tensor], options: SurprisalOptions
 ) -> list[Proposal]:
     found: list[Proposal] = []
     for item, text, own in zip(source.data, texts, values, strict=True):

@@ -1,0 +1,91 @@
+"""`locedit spans` from a user's side."""
+
+from pathlib import Path
+
+import pytest
+
+from locedit.cli import main
+from locedit.data import PrivateText, encode, read_facts, read_task
+from locedit.unlearn import prepare
+from tests import tiny
+
+TEXTS = ("Call Eva Frost on 555-0134 at noon.", "Mail to eva@frost.org, please.", "Nothing to see.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("spans")
+    tiny.module("llama").save_pretrained(base / "model")
+    tiny.tokenizer().save_pretrained(base / "model")
+    (base / "texts.txt").write_text("\n".join(TEXTS))
+    return base
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_spans_need_no_model_where_the_rule_needs_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "forget.jsonl"
+    (tmp_path / "names.txt").write_text("Eva Frost\n")
+    words = ("spans", folder / "texts.txt", "--rule", "patterns", "--names", tmp_path / "names.txt", "--out", out)
+    assert run(*words) == 0
+    items = [item for item in read_facts(out) if isinstance(item, PrivateText)]
+    marked = [[(item.text[start:end], label) for start, end, label in item.spans] for item in items]
+    assert marked == [[("Eva Frost", "name"), ("555-0134", "phone")], [("eva@frost.org", "email")]]
+    assert "3 spans in 2 texts, 1 texts without, 0 rejected" in capsys.readouterr().err
+    assert run(*words) == 2
+    assert "exists already; give --force" in capsys.readouterr().err
+    assert run(*words, "--force") == 0
+
+
+def test_spans_and_rest_are_a_task_for_a_loss(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = tmp_path / "task"
+    words = ("spans", folder / "model", folder / "texts.txt", "--verify", "--factor", "1e-6")
+    assert run(*words, "--out", task / "forget.jsonl", "--rest", task / "retain.jsonl") == 0
+    assert "rejected" not in capsys.readouterr().out
+    read = read_task(task)
+    assert read.retain is not None
+    model = tiny.model("llama")
+    for span, rest in zip(encode(model, read.forget), encode(model, read.retain), strict=True):
+        assert not set(span.targets) & set(rest.targets)
+        assert rest.ids == span.ids
+    prepare("npo", read)  # raises when the task lacks something
+
+
+def test_rejected_spans_are_shown_with_the_reason(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "forget.jsonl"
+    words = ("spans", folder / "model", folder / "texts.txt", "--rule", "surprisal", "--threshold", "quantile")
+    assert run(*words, "--verify", "context", "--factor", "1.5", "--out", out) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("rejected: text label piece reason")
+    assert "below 1.5" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("{texts}", "--rule", "surprisl"), "did you mean 'surprisal'"),
+        (("{texts}", "--rule", "surprisal"), "needs a model: give scorer or model"),
+        (("{texts}", "--rule", "patterns", "--patterns", "mail"), "did you mean 'email'"),
+        (("{texts}", "--gap", "2"), "patterns has no option 'gap'"),
+        (("{texts}", "--verify"), "verify='context' needs a model"),
+        (("./none", "{texts}", "--rule", "surprisal", "--by", "difference"), "give scorer"),
+        (("{texts}", "--rest", "r.jsonl"), "--rest needs a model"),
+        (("./none", "{texts}", "--names", "none.txt"), "none.txt: no such file"),
+        (("./none", "{texts}", "--rule", "fields", "--values", "none.jsonl"), "none.jsonl: no such file"),
+        (("./none", "{texts}", "--factor", "0", "--verify"), "factor=0.0 must be above 0"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: str
+) -> None:
+    filled = [word.format(texts=folder / "texts.txt") for word in words]
+    assert run("spans", *filled, "--out", tmp_path / "o.jsonl") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+    assert not (tmp_path / "o.jsonl").exists()
