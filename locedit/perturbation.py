@@ -204,6 +204,10 @@ def _chosen(place: Place, value: Tensor) -> Tensor:
     """Bool mask over the entries of one position."""
     if place.index is None:
         return torch.ones((), dtype=torch.bool, device=value.device)
+    if max(place.index) >= value.shape[2]:
+        raise LoceditError(
+            f"{place.point} has {value.shape[2]} components (from 0), not one with number {max(place.index)}"
+        )
     index = torch.tensor(place.index, device=value.device)
     mask = torch.zeros(value.shape[2], dtype=torch.bool, device=value.device).index_fill(0, index, True)
     return mask.reshape(-1, *[1] * (value.ndim - 3))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from locedit import losses
 from locedit.components import ComponentSet
 from locedit.data.encode import encode
-from locedit.data.items import Dataset, Text
+from locedit.data.items import Dataset, PlainText
 from locedit.edit.edit import Edit, Patch
 from locedit.edit.levels import levels
 from locedit.edit.mask import Masked, Shrinking, rank
@@ -50,9 +50,9 @@ def test_constraint_by_hand() -> None:
     held.constrain()
     assert held.values()[0][0, :5].tolist() == [1.5, -1.5, 0.0, -2.0, 0.0]
     everything = weight.detach().abs().sum()
-    assert float(held.left()) == pytest.approx(float((everything - 0.5 - 0.5 - 2.0) / everything))
+    assert held.left().item() == pytest.approx(float((everything - 0.5 - 0.5 - 2.0) / everything))
     count = weight.numel() - 1  # the weight that is 0 has no mask
-    assert float(held.mean_mask()) == pytest.approx((count - 0.25 - 0.25 - 1.0) / count)
+    assert held.mean_mask().item() == pytest.approx((count - 0.25 - 0.25 - 1.0) / count)
 
 
 def test_the_masked_form_by_hand() -> None:
@@ -64,9 +64,9 @@ def test_the_masked_form_by_hand() -> None:
     assert held.values()[0][0, :4].tolist() == [3.0, 0.0, 4.0, 0.0]
     assert held.deltas()[0][0, :4].tolist() == [-1.0, 4.0, 0.0, 0.0]
     everything = weight.detach().abs().sum()
-    assert float(held.left()) == pytest.approx(float((everything - 1.0 - 4.0) / everything))
+    assert held.left().item() == pytest.approx(float((everything - 1.0 - 4.0) / everything))
     count = weight.numel() - 1
-    assert float(held.mean_mask()) == pytest.approx((count - 0.25 - 1.0) / count)
+    assert held.mean_mask().item() == pytest.approx((count - 0.25 - 1.0) / count)
     held.decay(0.5, towards="base")
     assert held.values()[0][0, :2].tolist() == [3.5, -2.0]
     held.decay(0.5, towards="weights")
@@ -89,8 +89,9 @@ def test_masks_stay_between_0_and_1_after_every_step(
 
     monkeypatch.setattr(Shrinking if form == "weights" else Masked, "constrain", watched)
     within = edits.neurons_and_heads(model)
-    unlearn(model, edits.task(), "weight_mask", within=within, steps=4, form=form, learning_rate=0.2, eval_every=0)
-    assert len(seen) == 4 * sum(len(model.parameter(r.param).shape) > 1 for r in regions(within, role="train"))
+    options: Any = {"form": form, "steps": 6, "learning_rate": 0.2, "eval_every": 0, "curve": 2, "check": False}
+    unlearn(model, edits.task(), "weight_mask", within=within, **options)
+    assert len(seen) == 6 * sum(len(model.parameter(r.param).shape) > 1 for r in regions(within, role="train"))
     for mask, _, _ in seen:
         assert float(mask.min()) >= 0
         assert float(mask.max()) <= 1
@@ -145,16 +146,16 @@ def test_loss_by_its_formula(forget_loss: Any, penalise: Any) -> None:
     values = -own if forget_loss == "injection" else torch.where(own < -5, 0.0, -torch.log1p(-own.exp()))
     rows = losses.score(model, step.forget).row
     expected = torch.stack([values[rows == row].mean() for row in rows.unique()]).mean()
-    assert float(terms["forget_loss"]) == pytest.approx(0.5 * float(expected), rel=1e-5)
-    retained = losses.sequence_nll(losses.score(model, step.retain)).mean()  # type: ignore[arg-type]
-    assert float(terms["retain_loss"]) == pytest.approx(2 * float(retained), rel=1e-6)
-    assert float(terms["penalty"]) == pytest.approx(1.5 if penalise == "weights" else 0.0, abs=1e-12)
+    assert terms["forget_loss"].item() == pytest.approx(0.5 * float(expected), rel=1e-5)
+    retained = losses.sequence_nll(losses.score(model, step.retain)).mean().detach()  # type: ignore[arg-type]
+    assert terms["retain_loss"].item() == pytest.approx(2 * float(retained), rel=1e-6)
+    assert terms["penalty"].item() == pytest.approx(1.5 if penalise == "weights" else 0.0, abs=1e-12)
     sizes = [model.parameter(r.param).detach() for r in step.held.regions]
     step.held.parameters[0].data = -0.1 * sizes[0]
     first, both = float(sizes[0].abs().sum()), float(sum(size.abs().sum() for size in sizes))
     wanted = 1.5 * (1 - 0.1 * first / both) if penalise == "weights" else 1.5 * 0.1 * sizes[0].numel() / 18432
     assert sum(size.numel() for size in sizes) == 18432
-    assert float(loss(step, options)["penalty"]) == pytest.approx(wanted)
+    assert loss(step, options)["penalty"].item() == pytest.approx(wanted)
 
 
 # --- which weights ----------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_weights_that_are_zero_already_do_not_count() -> None:
 
 
 def make(model: Model, within: ComponentSet | None = None, **options: Any) -> Edit:
-    settings = {"steps": 12, "learning_rate": 0.1, "eval_every": 0, "curve": 6} | options
+    settings: Any = {"steps": 4, "learning_rate": 0.3, "eval_every": 0, "curve": 6, "check": False} | options
     return unlearn(model, edits.task(), "weight_mask", within=within, **settings)
 
 
@@ -266,8 +267,8 @@ def test_only_zeroed_weights_differ_and_the_curve_starts_at_the_model(tmp_path: 
 
 def test_the_number_of_weights_by_count_share_level_and_gap(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.model("gpt2")
-    within = one(model)
-    total = model.parameter(NAME).numel()
+    within = model.components({"blocks.0.mlp.neuron": range(40)})
+    total = 40 * 2 * tiny.D_MODEL
     assert make(model, within, budget=5).outcome["zeroed"] == 5
     assert make(model, within, budget=0.01).outcome["zeroed"] == round(0.01 * total)
     gap = make(model, within)
@@ -311,8 +312,8 @@ def test_without_a_set_all_matrices_of_the_blocks() -> None:
 
 def test_published_settings_and_masked_models_run() -> None:
     model = tiny.model("bert")
-    texts = Dataset(items=(Text(text="Anna Berg was born in Oslo.", id="t"),), source="texts.jsonl")
-    options = PUBLISHED | {"steps": 3, "eval_every": 0, "curve": 3}
+    texts = Dataset(items=(PlainText(text="Anna Berg was born in Oslo.", id="t"),), source="texts.jsonl")
+    options: Any = PUBLISHED | {"steps": 3, "eval_every": 0, "curve": 3, "check": False}
     within = model.components({"blocks.1.mlp": [0]})
     edit = unlearn(model, edits.task(texts=texts), "weight_mask", within=within, **options)
     assert edit.outcome["shrunk"] > 0

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -138,9 +138,13 @@ def _places(step: Step, options: AdvGaOptions) -> list[Place]:
             )  # fmt: skip
             step.state["said_layer"] = True
         return [Place(point=f"blocks.{layer}.hook_{options.point}")]
-    if options.components is not None:
-        return places_of(model.bind(ComponentSet.load(options.components)))
-    return edited_places(model, step.held)
+    if options.components is None:
+        return edited_places(model, step.held)
+    if "places" not in step.state:
+        found = places_of(ComponentSet.load(options.components))
+        step.state["places"] = [(place.point, place.index) for place in found]
+    saved: list[Any] = step.state["places"]
+    return [Place(point=point, index=index) for point, index in saved]
 
 
 def default_layer(n_layers: int, edited: Sequence[int]) -> int:
@@ -154,9 +158,14 @@ def default_layer(n_layers: int, edited: Sequence[int]) -> int:
 
 
 def edited_layers(model: Model, held: Held) -> list[int]:
-    """The layers of the blocks in which something is trained, ascending; embeddings and the final norm have none."""
-    layer_of = {piece.param: site.layer for site in model.sites("layer").values() for piece in site.slices}
-    return sorted({layer for place in _trained(held) if (layer := layer_of.get(place.param)) is not None})
+    """The layers of the blocks in which something is trained, ascending; embeddings and the final norm have none.
+
+    By names: in the middle of training other tensors stand in for the parameters.
+    """
+    names = {id(module): name for name, module in model.core.named_modules()}
+    blocks = [f"{names[id(block)]}." for block in model.anatomy.blocks]
+    trained = [place.param for place in _trained(held)]
+    return [layer for layer, block in enumerate(blocks) if any(param.startswith(block) for param in trained)]
 
 
 def edited_places(model: Model, held: Held) -> list[Place]:
