@@ -26,12 +26,16 @@ class Work:
         self.folder, self.stages, self.keys = self.files.folder, self.files.stages, self.files.keys
 
     def run(self) -> None:
-        """Every stage that is not there yet; the tensors go when all are."""
+        """Every stage that is not there yet."""
         write_json(self.folder / "cell.json", {"cell": described(self.cell), "made_from": self.files.settings})
         self._about()
         self.stages.make("evaluation", self.keys["evaluation"], self._measures)
         for name, stage in self.files.attacks().items():
             self.stages.make(stage, self.keys[stage], lambda name=name: self._attack(name))
+        self.clean()
+
+    def clean(self) -> None:
+        """Of a cell that is done: the tensors go, and what was said of an earlier failure."""
         (self.folder / "failed.json").unlink(missing_ok=True)
         if not self.config.keys.keep_edits:
             shutil.rmtree(self.folder / "edit", ignore_errors=True)

@@ -65,7 +65,8 @@ class MethodTable:
     options_for: dict[str, Options] = field(default_factory=dict[str, Options])
     """options that differ by restriction or hold: a kind (whole, found, random, complement, everything, set), then a
     restriction as it is written, then a hold; the later win"""
-    holds: list[str] = field(default_factory=lambda: ["weights"])
+    holds: list[str] | None = None
+    "weights, adapter, hooks; default the first that the method knows"
 
     @property
     def called(self) -> str:

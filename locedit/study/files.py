@@ -13,6 +13,7 @@ OUT/cells/KEY/
     edit/                the tensors, until the cell is done
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,16 @@ class BaselineFiles:
     """The measures before any edit."""
 
     def __init__(self, config: Config, *, identity: str, data: StudyData, out: Path) -> None:
-        self.key = [identity, data.measured.hash, config.keys.evaluate, versions()]
+        self.key = [identity, data.measured.hash, config.keys.evaluate, _versions()]
         self.stages = Stages(out / "baseline" / content_hash(self.key))
 
     def get(self) -> Any | None:
         """The measures; None where they are not there."""
         return self.stages.get("evaluation", self.key)
+
+
+_versions = lru_cache(versions)
+"Reading them takes 50 milliseconds."
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -95,7 +100,7 @@ def localizer_key(table: LocalizerTable, identity: str, data: StudyData, *, seed
         "data": data.seen.hash,
         "method": table.name,
         "options": options,
-        "versions": versions(),
+        "versions": _versions(),
     }
 
 
@@ -111,7 +116,7 @@ def cell_key(config: Config, cell: Cell, identity: str, data: StudyData) -> dict
         "level": cell.level,
         "seed": cell.seed,
         "threads": config.keys.threads,
-        "versions": versions(),
+        "versions": _versions(),
     }
 
 

@@ -51,6 +51,8 @@ def cells_of(config: Config) -> list[Cell]:
 
 
 def _of_grid(config: Config, grid: GridTable, *, where: str) -> list[Cell]:
+    from locedit.unlearn import METHODS
+
     keys = config.keys
     restrictions = restrictions_of(grid.restrictions or keys.restrictions, config, where=where)
     seeds = grid.seeds if grid.seeds is not None else keys.seeds
@@ -58,7 +60,8 @@ def _of_grid(config: Config, grid: GridTable, *, where: str) -> list[Cell]:
     attacks = tuple(grid.attacks if grid.attacks is not None else keys.attacks)
     cells: list[Cell] = []
     for label in _labels(config, grid.methods, where):
-        holds = grid.holds or config.method(label).holds
+        table = config.method(label)
+        holds = grid.holds or table.holds or [METHODS[table.name].holds[0]]
         for restriction, hold, level, seed in itertools.product(restrictions, holds, levels, seeds):
             cells.append(_cell(config, label, restriction, hold=hold, level=level, seed=seed, attacks=attacks))
     return cells

@@ -141,6 +141,7 @@ def do(task: Task) -> Done:
             assert task.cell is not None, "the task is a cell"
             work = Work(bench, task.cell)
             if work.files.done():
+                work.clean()
                 return Done(seconds=0.0)
             work.run()
             return Done(seconds=time.perf_counter() - start, text=work.text(time.perf_counter() - start))
