@@ -9,12 +9,13 @@ from typing import Any
 from locedit import options as option_values
 from locedit._callable import make_callable
 from locedit.components import ComponentSet
+from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task, as_task
 from locedit.edit import ablation
 from locedit.edit.edit import Edit
 from locedit.edit.levels import levels
 from locedit.edit.objective import Objective
-from locedit.edit.train import TrainOptions, train
+from locedit.edit.train import train
 from locedit.errors import LoceditError, nearest
 from locedit.evaluate.overforgetting import over_forgetting
 from locedit.models import Model
@@ -35,12 +36,14 @@ from locedit.unlearn import (
     rmu,
     satimp,
     simnpo,
+    stopping,
     texts,
     undial,
     unlikelihood,
     weight_mask,
     wga,
 )
+from locedit.unlearn.chunks import in_chunks
 from locedit.unlearn.combine import Methods
 from locedit.unlearn.registry import ForgetOptions, Method, RetainOptions, nll, objective_of, retain_terms
 
@@ -103,9 +106,12 @@ METHODS: dict[str, Method] = Methods({
     ),
     "ga": Method(
         function=gradient_ascent.loss,
-        options=TrainOptions,
+        options=gradient_ascent.GaOptions,
         requires=("forget",),
         paper="Jang et al. 2023, arXiv:2210.01504",
+        stop=stopping.stop,
+        verify=gradient_ascent.verify,
+        finish=stopping.finish,
     ),
     "grad_diff": Method(
         function=grad_diff.loss,
@@ -247,12 +253,29 @@ def unlearn(
     hold = hold or method.holds[0]
     task = method.reads(task)
     if method.trained:
-        edit = train(model, objective(model, task, name, options=chosen), within=within, options=chosen, hold=hold)
-        edit = edit if method.finish is None else method.finish(model, edit, chosen)
+        edit = _trained(model, task, name, within=within, hold=hold, options=chosen)
     else:
         edit = method.function(model, task, within=within, hold=hold, options=chosen)
         edit = edit if edit.history else _with_levels(model, task, edit)
     return _checked(model, task, edit, name) if check else edit
+
+
+def _trained(model: Model, task: Task, name: str, *, within: ComponentSet | None, hold: str, options: Any) -> Edit:
+    """The edit of a trained method, in one training or in as many as there are chunks."""
+    in_parts = getattr(options, "chunks", 1) > 1
+    options = stopping.with_thresholds(model, task, options) if in_parts else options
+    whole = {"everything": encode(model, task.forget)} if in_parts else {}
+
+    def one(part: Task, here: ComponentSet | None) -> Edit:
+        goal = objective(model, part, name, options=options)
+        goal = dataclasses.replace(goal, probes={**goal.probes, **whole})
+        edit = train(model, goal, within=here, options=options, hold=hold)
+        finish = METHODS[name].finish
+        return edit if finish is None else finish(model, edit, options)
+
+    if not in_parts:
+        return one(task, within)
+    return in_chunks(model, task, one, name=name, within=within, hold=hold, options=options)
 
 
 def _checked(model: Model, task: Task, edit: Edit, name: str) -> Edit:
