@@ -127,8 +127,7 @@ def test_what_an_adapter_cannot_hold() -> None:
         unlearn(model, edits.task(), "npo", hold="adapter", decay="weights", weight_decay=0.1, **SETTINGS)
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "bert"])
+@pytest.mark.parametrize(("architecture", "half"), [("gpt2", True), ("llama", True), ("gpt_neox", False)])
 def test_outputs_outside_the_rows_keep_their_bits(architecture: str, half: bool) -> None:
     model = edits.half(architecture) if half else tiny.model(architecture)
     rows = [2, 3, 9]
