@@ -30,6 +30,7 @@ _HOMES = {
     "read_task": "locedit.data",
     "relearn": "locedit.attacks",
     "scale": "locedit.edit",
+    "unlearn_requests": "locedit.unlearn.requests",
     "zero": "locedit.edit",
 }
 _CALLABLE = ("evaluate", "lab", "localize", "report", "study", "unlearn")
@@ -61,6 +62,7 @@ __all__ = [
     "scale",
     "study",
     "unlearn",
+    "unlearn_requests",
     "zero",
 ]
 
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from locedit.spans import find_spans
     from locedit.study import study
     from locedit.unlearn import unlearn
+    from locedit.unlearn.requests import unlearn_requests
 
 
 def __getattr__(name: str) -> Any:

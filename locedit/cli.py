@@ -253,6 +253,12 @@ def _edit(commands: Commands) -> None:  # type: ignore[type-arg]
     parser.add_argument(
         "--controls", type=int, default=0, metavar="N", help="also N random sets of the same size and everything"
     )
+    parser.add_argument(
+        "--requests",
+        metavar="FIELD|FILE,...",
+        help="deletion requests one after another, all measured again at the end: one for each owner, group or format "
+        "of the forget data, or DATA and then these files",
+    )
     _out(parser)
 
 

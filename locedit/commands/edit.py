@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from locedit.commands.inputs import about, key, read_data, read_model, reused, start
+from locedit.commands.requests import requests_command
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task
 from locedit.errors import LoceditError
@@ -24,6 +25,9 @@ def edit_command(args: argparse.Namespace) -> None:
     """Make an edit inside a set, and its controls when asked for; an unfinished training goes on where it was."""
     from locedit.unlearn import METHODS, prepare
 
+    if args.requests:
+        requests_command(args)
+        return
     options = method_options(METHODS, args.method, args.extra)
     if args.controls and not args.within:
         raise LoceditError("--controls compares a set with random sets of the same size; give --within")

@@ -1,0 +1,71 @@
+"""`locedit edit --requests`: deletion requests one after another, all measured again at the end."""
+
+import argparse
+import dataclasses
+import shutil
+from typing import Any
+
+from locedit.commands.inputs import about, key, read_data, reused, start
+from locedit.components import ComponentSet
+from locedit.data import Task, read_task
+from locedit.errors import LoceditError
+from locedit.registries import method_options
+from locedit.storage import write_json
+from locedit.terminal import note, table
+
+FIELDS = ("owner", "group", "format")
+
+
+def requests_command(args: argparse.Namespace) -> None:
+    """Make one edit of all requests; a sequence that was stopped goes on where it was."""
+    from locedit.edit import Edit
+    from locedit.unlearn import METHODS
+    from locedit.unlearn.requests import check_requests, unlearn_requests
+
+    options = method_options(METHODS, args.method, args.extra)
+    if args.controls:
+        raise LoceditError("--controls compares one edit with random sets; leave it out with --requests")
+    asked = ComponentSet.load(args.within) if args.within else None
+    check_requests(_tasks(read_data(args), args), args.method, within=asked, hold=args.hold, **options)
+    run_folder, model, task = start(args)
+    within = None if asked is None else model.bind(asked)
+    folder = run_folder.folder / "requests"
+    if args.force and folder.exists():
+        shutil.rmtree(folder)
+    tasks = _tasks(task, args)
+    made = unlearn_requests(model, tasks, args.method, within=within, hold=args.hold, folder=folder, **options)
+    write_json(folder / "requests.json", {"requests": len(made.edits), "table": made.table})
+    edit = run_folder.stage(
+        "edit",
+        key(model, task, method=args.method, requests=args.requests, made_of=[e.digest for e in made.edits]),
+        lambda: made.edit,
+        save=lambda chain, place: chain.save(place, force=True),
+        load=Edit.load,
+        on_reuse=reused,
+    )
+    run_folder.write_once("run.json", about(args, model))
+    columns = [name for name in made.table if name not in ("kind", "came_back")]
+    rows = zip(*(made.table[name] for name in columns), strict=True)
+    table(columns, [[_cell(value) for value in row] for row in rows])
+    note(f"{run_folder.folder / 'edit'}: {len(made.edits)} requests, {len(edit):,} numbers")
+
+
+def _tasks(task: Task, args: argparse.Namespace) -> dict[str, Task]:
+    """The requests by name: the forget data by a field, or theirs and then those of each file."""
+    from locedit.unlearn.requests import requests_by
+
+    if args.requests in FIELDS:
+        return requests_by(task, args.requests)
+    found = {task.name: task}
+    for name in args.requests.split(","):
+        other = read_task(name.strip(), args.fields)
+        if args.chat != "off":
+            other = other.with_chat(args.chat)
+        if name in found:
+            raise LoceditError(f"--requests: {name} is there twice")
+        found[name.strip()] = dataclasses.replace(task, forget=other.forget)
+    return found
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.3g}"
