@@ -73,7 +73,7 @@ def others(model: Model, task: Task, options: DpoOptions) -> Mapping[str, Matche
 
 
 def verify(task: Task, options: DpoOptions) -> None:
-    """Every forget fact has something that is preferred to its answer."""
+    """By `preferred`: refusals, an alternative for every forget fact, or a new_answer in every one."""
     _preferred(task, options)
 
 

@@ -66,7 +66,7 @@ def others(model: Model, task: Task, options: LlmuOptions) -> Mapping[str, Match
 
 
 def verify(task: Task, options: LlmuOptions) -> None:
-    """There are answers to draw, and for every fact one that is not its own."""
+    """Answers to draw, by `mismatch_from`: for every forget fact one that is not its own."""
     if options.mismatch_weight:
         texts = answers.texts_of(task, options.mismatch_from, by="llmu")
         answers.require_others(task, texts, source=task.require(options.mismatch_from, by="llmu").source, by="llmu")

@@ -38,6 +38,6 @@ def others(model: Model, task: Task, options: TextsOptions) -> Mapping[str, Sequ
 
 
 def verify(task: Task, options: TextsOptions) -> None:
-    """The task has texts, where they have a weight."""
+    """Texts, where texts_weight is above 0."""
     if options.texts_weight:
         task.require("texts", by="texts_weight")
