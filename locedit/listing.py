@@ -13,17 +13,45 @@ from locedit.terminal import table
 
 
 def methods_command(args: argparse.Namespace) -> None:
-    """All methods in a table, or the options of one."""
+    """All methods in tables, or the options of one."""
     groups = {"localizer": localizers(), "unlearning method": unlearning(), "attack": attacks()}
     if args.name:
         return _describe_method(args.name, groups)
-    rows = [
-        (name, group, " ".join(entry.requires) or "-", entry.paper)
-        for group, entries in groups.items()
-        for name, entry in entries.items()
-    ]
-    table(("name", "kind", "needs", "source"), rows)
+    for number, (group, entries) in enumerate(groups.items()):
+        sys.stdout.write("\n" if number else "")
+        sys.stdout.write(f"{HEADINGS[group]}\n")
+        if group == "unlearning method":
+            table(("name", "needs", "inside a set", "held as", "source"), list(map(unlearning_row, entries.items())))
+        else:
+            table(("name", "needs", "source"), [(n, _needs(entry), entry.paper) for n, entry in entries.items()])
+    sys.stdout.write("\n`locedit methods NAME` lists the options of one, and what + stands for.\n")
     return None
+
+
+HEADINGS = {
+    "localizer": "Localizers: where it is (locedit localize --method NAME)",
+    "unlearning method": "Edits and unlearning: what is changed (locedit edit --method NAME --within FILE --hold HOW)",
+    "attack": "Attacks: whether it comes back (locedit evaluate --attacks NAME)",
+}
+
+
+def unlearning_row(named: tuple[str, Any]) -> tuple[str, str, str, str, str]:
+    """Name, parts of the task that it needs, whether it goes into a component set, how it can be held, paper."""
+    name, method = named
+    inside = "only" if method.needs_set else "yes" if method.restrictable else "no"
+    return name, _needs(method), inside, " ".join(method.holds), method.paper
+
+
+def _needs(entry: Any) -> str:
+    """Parts of the task; + where a check asks more of the items, or some options do."""
+    return " ".join(entry.requires) + (" +" if _more(entry) else "") or "-"
+
+
+def _more(entry: Any) -> list[str]:
+    """What is needed beyond parts of the task, in words: kinds of items, and what the checks say of themselves."""
+    kinds = [f"items of kind {' or '.join(entry.kinds)}"] if getattr(entry, "holds", None) and entry.kinds else []
+    checks = [check for name in ("learns", "verify") if (check := getattr(entry, name, None)) is not None]
+    return kinds + [_summary(check) for check in checks if _summary(check)]
 
 
 def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -31,7 +59,12 @@ def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None
     for number, (group, entry) in enumerate(found.items()):  # a localizer and a method may have one name
         sys.stdout.write("\n" if number else "")
         sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
-        sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n\n")
+        sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n")
+        sys.stdout.write("".join(f"       {line}\n" for line in _more(entry)))
+        if hasattr(entry, "holds"):
+            _, _, inside, held, _ = unlearning_row((name, entry))
+            sys.stdout.write(f"inside a component set: {inside}; held as: {held}\n")
+        sys.stdout.write("\n")
         table(("option", "type", "default", "meaning"), describe(entry.options) if entry.options else [])
     if found:
         return
