@@ -24,6 +24,8 @@ LOSSES = {"ihl": ihl.loss, "grad_diff": grad_diff.loss}
 class LokuOptions(FilaOptions, ForgetOptions):
     """Of the loss, of training and of the factors."""
 
+    learning_rate: float = 1e-4
+    "the paper's for Llama-2-7B; 2e-4 for phi-1.5"
     loss: Literal["ihl", "grad_diff"] = "ihl"
     "on the forget data: the inverted hinge, or the paper's ablation, plain ascent"
 
@@ -35,7 +37,7 @@ class LokuOptions(FilaOptions, ForgetOptions):
 
 
 def loss(step: Step, options: LokuOptions) -> dict[str, Tensor]:
-    """The forget term of `options.loss`, and retain."""
+    """Inverted hinge on the answers, trained in low-rank factors that start at FILA's, and retain (1 to 1)."""
     return LOSSES[options.loss](step, options)
 
 
