@@ -1,8 +1,9 @@
 """Several processes that train one edit: each computes its share of every batch, and all make the same step.
 
 Start them with accelerate (`accelerate launch --num_processes 2 -m locedit.cli edit ...`) or torchrun; a process group
-that is there when training begins is used. Every process holds the whole model. Losses that are means over examples,
-as all of the registry are, give the same gradient as one process up to the order of sums.
+that is there when training begins is used. Every process holds the whole model. A loss that is a mean over the examples
+of a batch has the same gradient as in one process, up to the order of sums; one that divides by something else of the
+batch, such as its tokens, is averaged over the processes. What a loss draws at random is drawn anew for each share.
 """
 
 import hashlib
