@@ -1,6 +1,7 @@
 """Deletion requests one after another: each on the model so far, all of them measured again, resumed after a kill."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from locedit.cli import main
 from locedit.components import ComponentSet
 from locedit.data.encode import encode
 from locedit.data.items import Task
@@ -166,6 +168,41 @@ def test_a_sequence_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.Mon
     assert resumed.table == whole.table
     with pytest.raises(LoceditError, match="made with other settings"):
         unlearn_requests(model, two(), "ga", folder=tmp_path / "run", **(QUICK | {"steps": 3}))
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By owner and by file; the same command again makes nothing anew; what `evaluate` takes is the whole sequence."""
+    tiny.module("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"prompt": p, "answer": a, "owner": p.split()[0]}) for p, a, _ in edits.FORGET]
+    (tmp_path / "both.jsonl").write_text("\n".join(lines))
+    for name, line in zip(("first", "second"), lines, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(line)
+
+    def command(data: str, requests: str, out: str) -> list[str]:
+        words = [
+            "edit",
+            str(tmp_path / "model"),
+            str(tmp_path / data),
+            "--requests",
+            requests,
+            "--out",
+            str(tmp_path / out),
+        ]
+        return [*words, "--method", "ga", "--steps", "2"]
+
+    by_owner, by_file = command("both.jsonl", "owner", "a"), command("first.jsonl", str(tmp_path / "second.jsonl"), "b")
+    assert main(by_owner) == main(by_file) == 0
+    one, other = (Edit.load(tmp_path / run / "edit") for run in "ab")
+    assert len(one.parts) == len(other.parts) == 2
+    assert all(same(x, y) for x, y in zip(one.parts, other.parts, strict=True))
+    assert Requests.load(tmp_path / "a" / "requests").table["request"] == ["Anna", "Carl"]
+    written = (tmp_path / "a" / "requests" / "request-1" / "edit.json").stat().st_mtime_ns
+    assert main(by_owner) == 0
+    assert (tmp_path / "a" / "requests" / "request-1" / "edit.json").stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert main(command("both.jsonl", "group", "c")) == 2
+    assert "requests by group: an item of" in capsys.readouterr().err
 
 
 def bad(within: Sequence[ComponentSet] | None = None, name: str = "ga", **fields: Any) -> Requests:
