@@ -99,10 +99,9 @@ def s_el_by_hand(model: Model, ids: tuple[int, ...], end: int, n: int, starts: S
     return sum(shares) / len(shares)
 
 
-@pytest.mark.parametrize("n", [1, 2, 50])
-@pytest.mark.parametrize("prefix", ["span_start", "all"])
+@pytest.mark.parametrize(("n", "prefix"), [(1, "span_start"), (2, "span_start"), (2, "all"), (50, "all")])
 def test_span_extraction_by_its_formula(half: Model, n: int, prefix: Any) -> None:
-    texts = [*encode(half, private()), *encode(half, rest(private(), half))]
+    texts = encode(half, private())
     found = span_extraction(half, texts, n=n, prefix=prefix)
     seen: set[float] = set()
     for example, values in zip(texts, found, strict=True):
@@ -167,7 +166,7 @@ def memorised() -> Model:
 @pytest.fixture(scope="module")
 def half() -> Model:
     """A model that has some of the texts by heart."""
-    return trained(9)
+    return trained(10)
 
 
 def span_and_rest(model: Model, edit: Edit | None = None) -> tuple[float, float]:
