@@ -145,9 +145,11 @@ def test_the_gradient_is_taken_at_the_fixed_perturbation() -> None:
 
 @pytest.mark.parametrize("hold", ["weights", "adapter"])
 def test_recomputed_activations_see_the_perturbation(hold: str) -> None:
+    """Inside a block, which runs again in the backward pass."""
     model = tiny.model("llama")
-    plain = make(model, "adv_npo", hold=hold, steps=2, eps=1.0)
-    again = make(model, "adv_npo", hold=hold, steps=2, eps=1.0, gradient_checkpointing=True)
+    options: dict[str, Any] = {"hold": hold, "steps": 2, "eps": 1.0, "point": "attn_out"}
+    plain = make(model, "adv_npo", **options)
+    again = make(model, "adv_npo", gradient_checkpointing=True, **options)
     for first, second in zip(tensors(plain), tensors(again), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
     norms = [edit.history["gradient_norm"][1:] for edit in (plain, again, make(model, "npo", hold=hold, steps=2))]

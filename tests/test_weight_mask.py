@@ -336,7 +336,7 @@ def test_mistakes_before_a_model_is_needed() -> None:
 
 @pytest.mark.slow
 def test_on_a_trained_model_it_forgets_more_than_it_takes_from_the_rest(tiny_lab: Lab) -> None:
-    """And more than as many random weights of the same matrices."""
+    """And as many random weights of the same matrices hardly forget."""
     model, task = tiny_lab.model, tiny_lab.task
     edit = unlearn(model, task, "weight_mask", batch_size=16, eval_every=0, until=0.3, match="interpolate")
     at = edit.history["weights"].index(edit.outcome["zeroed"])
@@ -350,7 +350,7 @@ def test_on_a_trained_model_it_forgets_more_than_it_takes_from_the_rest(tiny_lab
     with torch.no_grad():
         for parameter in matrix:
             parameter.mul_(torch.rand(parameter.shape, generator=generator) >= share)
-        random = levels(model, {"retain": encode(model, task.retain)})["retain"]  # type: ignore[arg-type]
+        random = levels(model, {"forget": encode(model, task.forget)})["forget"]
         for parameter, values in zip(matrix, before, strict=True):
             parameter.copy_(values)
-    assert random < edit.history["retain"][at] - 0.05
+    assert random > 0.8
