@@ -216,7 +216,7 @@ def test_gaps_are_closed_before_short_runs_are_dropped() -> None:
         ({"rule": "patterns", "verify": "contxt"}, "did you mean 'context'"),
         ({"rule": "patterns", "scorer": "start"}, "the task 'task' names no start model"),
         ({"rule": "patterns", "steps": 3}, "patterns has no option 'steps'"),
-        ({"rule": "fields", "fields": ("anser",)}, "did you mean 'answer'"),
+        ({"rule": "fields", "fields": ("answeer",)}, "did you mean 'answer'"),
     ],
 )
 def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
