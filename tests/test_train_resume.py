@@ -22,6 +22,8 @@ from locedit.edit import Edit, checkpoint
 from locedit.edit.checkpoint import Checkpoint, Place, checkpoints
 from locedit.edit.objective import Loss, Matched, Objective, Step
 from locedit.edit.options import TrainOptions
+from locedit.edit.resuming import resume, state_of
+from locedit.edit.run import Run
 from locedit.edit.train import train, train_front
 from locedit.errors import LoceditError
 from locedit.models import Model
@@ -115,6 +117,29 @@ def test_a_training_that_was_broken_off_ends_with_the_same_bits(hold: str, at: i
     run()
     handle.remove()
     assert len(started) - len(seen) > 2 * (at - 1)
+
+
+def test_a_resumed_run_is_in_the_state_that_was_saved(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    options = dataclasses.replace(OPTIONS, choose="forget", retain_share=0.5, eval_every=1)
+    within = edits.neurons_and_heads(model)
+
+    def make() -> Run:
+        return Run(model, goal(model), within=within, options=options, hold="weights", front=3)
+
+    run = make()
+    run.train()
+    kept = Checkpoint(Place(folder=tmp_path), "run", {})
+    kept.write(functools.partial(state_of, run))
+    saved, fresh = kept.read(), make()
+    assert saved is not None
+    resume(fresh, saved)
+    tensors: list[dict[str, Tensor]] = [{}, {}]
+    one, other = (checkpoint.pack(state_of(r), t) for r, t in zip((run, fresh), tensors, strict=True))
+    assert one == other
+    assert all(torch.equal(t, tensors[1][name]) for name, t in tensors[0].items())
+    assert run.kept.start == fresh.kept.start == run.rows[0]["retain"]
+    assert len(run.kept.front) > 1
 
 
 def test_killed_twice_and_in_half_precision(tmp_path: Path) -> None:

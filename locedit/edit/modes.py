@@ -30,13 +30,10 @@ def require_precision(model: Model, precision: Precision) -> None:
 
 
 def mixed(model: Model, precision: Precision) -> AbstractContextManager[Any]:
-    """Products of the forward passes inside the block in half precision. Go backward outside of it.
-
-    Casts are not cached: a trainable tensor that is first cast under no_grad would lose its gradient.
-    """
+    """Products of the forward passes inside the block in half precision. Go backward outside of it."""
     if precision == "model" or HALF[precision] == model.dtype:
         return nullcontext()
-    return torch.autocast(model.device.type, dtype=HALF[precision], cache_enabled=False)
+    return torch.autocast(model.device.type, dtype=HALF[precision])
 
 
 def scaler(model: Model, precision: Precision) -> torch.amp.GradScaler | None:
