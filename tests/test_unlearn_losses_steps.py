@@ -260,13 +260,12 @@ def test_an_answer_begins_as_the_facts_own_does() -> None:
 
 def test_llmu_draws_answers_of_others_never_the_own() -> None:
     model, task = tiny.model("gpt2"), everything()
-    retain = dataset(
-        "retain", [Fact(prompt=p, answer=a, id=f"r{i}") for i, (p, a) in enumerate((*RETAIN, ("In", " pilot")))]
-    )
-    texts = [" baker", " Lima", " was Anna", " 555-0134", " pilot"]
+    pairs = (*RETAIN[:2], ("In", " pilot"), *RETAIN[2:])
+    retain = dataset("retain", [Fact(prompt=p, answer=a, id=f"r{i}") for i, (p, a) in enumerate(pairs)])
+    texts = [" baker", " Lima", " pilot", " was Anna", " 555-0134"]
     (data, found) = drawn(model, everything(retain=retain), "llmu", mismatches=3)["mismatch"]
     assert data.count == 3
-    assert [[a for _, a in answers] for answers in found] == [texts, texts[:4], texts, texts]
+    assert [[a for _, a in answers] for answers in found] == [texts, texts[:2] + texts[3:], texts, texts]
     (fewer, _) = drawn(model, everything(retain=retain), "llmu", mismatches=50)["mismatch"]
     assert fewer.count == 4
     (_, plain) = drawn(
