@@ -61,6 +61,8 @@ def compare(
     """
     task = as_task(task)
     chosen = prepare(name, task, within=within, hold=hold, **options)
+    if getattr(chosen, "chunks", 1) > 1:
+        raise LoceditError(f"chunks={chosen.chunks}: controls are trained on all forget data at once; leave it out")
     task = METHODS[name].reads(task)
     if not METHODS[name].trained and METHODS[name].dose is None:
         compared = ", ".join(n for n, method in METHODS.items() if method.trained or method.dose)

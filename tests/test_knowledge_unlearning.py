@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from locedit import losses
+from locedit.controls import compare
 from locedit.data.encode import collate, encode
 from locedit.data.items import Dataset, Fact, Task, TokenText
 from locedit.edit import answer_probabilities
@@ -84,6 +85,7 @@ def test_thresholds_are_the_means_over_held_out_texts_before_training() -> None:
     assert (given.outcome["el_threshold"], given.outcome["ma_threshold"]) == pytest.approx((wanted[0], 0.25))
 
 
+@pytest.mark.slow
 def test_the_rule_combines_with_other_losses() -> None:
     model = tiny.model("gpt2")
     task = dataclasses.replace(texts_of(model), retain=texts_of(model).heldout)
@@ -196,6 +198,7 @@ def test_each_chunk_is_trained_until_its_own_rule_inside_the_set() -> None:
     assert len({step["steps"] for step in edit.outcome["chunks"]}) > 1
 
 
+@pytest.mark.slow
 def test_chunks_held_as_an_adapter_are_one_adapter() -> None:
     model = edits.double("llama")
     task = texts_of(model)
@@ -214,3 +217,9 @@ def test_chunks_held_as_an_adapter_are_one_adapter() -> None:
             torch.testing.assert_close(joined.logits(batch), wanted, rtol=0, atol=1e-9)
     assert {adapter.down.shape[0] for adapter in edit.adapters} == {4}
     assert (wanted - base).abs().max() > 1e-2
+
+
+def test_controls_are_not_trained_in_chunks() -> None:
+    model = tiny.model("gpt2")
+    with pytest.raises(LoceditError, match="chunks=2: controls are trained on all forget data at once"):
+        compare(model, texts_of(model), "ga", within=edits.neurons_and_heads(model), chunks=2)

@@ -119,6 +119,7 @@ def test_thresholds_are_those_of_the_unedited_model() -> None:
         assert loop_means(edited, task.heldout) != pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_every_request_may_have_its_own_place(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     sets = [model.components({f"blocks.{layer}.mlp.neuron": [1, 5]}) for layer in (0, 2)]
