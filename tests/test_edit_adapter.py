@@ -103,6 +103,22 @@ def test_the_change_is_zero_before_training_and_the_factors_are_as_large_as_the_
     assert held.adapters()[0].up.unique().tolist() == pytest.approx([0.1 * 8 / 4])
 
 
+def test_the_start_is_that_of_peft() -> None:
+    """A uniform up to 1 / sqrt(in), B zero; so is A for some columns, whose whole row is as peft's."""
+    model = tiny.model("llama", intermediate_size=400)
+    columns = model.components({"blocks.0.mlp.out.column": range(0, 400, 2)})
+    for within in (model.components({"blocks.0.mlp.out.matrix": [0]}), columns):
+        down, up = Lora(model, within, rank=16, alpha=1.0, generator=torch.Generator().manual_seed(0)).parameters
+        config = LoraConfig(r=16, target_modules=["model.layers.0.mlp.down_proj"])
+        torch.manual_seed(0)
+        wrapped: Any = get_peft_model(copy.deepcopy(model.module), config)
+        theirs = wrapped.base_model.model.model.layers[0].mlp.down_proj.lora_A.default.weight
+        assert not up.any()
+        for bound in (down.abs().max(), theirs.abs().max()):
+            assert 0.99 / 20 < bound < 1 / 20
+        assert (down.std() / theirs.std()).item() == pytest.approx(1, abs=0.03)
+
+
 def test_bfloat16_base_keeps_a_float32_adapter() -> None:
     model = edits.half("llama")
     edit = unlearn(model, edits.task(), "npo", within=edits.neurons_and_heads(model), hold="adapter", **SETTINGS)
@@ -144,6 +160,10 @@ def test_outputs_outside_the_rows_keep_their_bits(architecture: str, half: bool)
     assert changed.dtype == plain.dtype
     assert torch.equal(changed[..., rest].view(torch.uint8), plain[..., rest].view(torch.uint8))
     assert not torch.equal(changed[..., rows], plain[..., rows])
+    # inside, the sum is made in float32 and rounded once
+    (adapter,) = edit.adapters
+    expected = plain[..., rows].float() + x.float() @ adapter.down.T @ adapter.up.T
+    assert torch.equal(changed[..., rows], expected.to(model.dtype))
 
 
 @pytest.mark.parametrize("half", [False, True])
