@@ -10,8 +10,10 @@ from torch import Tensor
 from locedit import losses
 from locedit.data.encode import collate, encode
 from locedit.edit import Edit, levels
+from locedit.edit.modes import mixed
 from locedit.edit.objective import Objective, Step
 from locedit.edit.options import TrainOptions
+from locedit.edit.restrict import Held
 from locedit.edit.run import Run
 from locedit.edit.train import train
 from locedit.errors import LoceditError
@@ -103,6 +105,21 @@ def test_products_run_in_half_precision_and_losses_in_full() -> None:
     assert seen == {"product": torch.bfloat16, "reference": torch.bfloat16, "loss": torch.float32}
     state = [t for values in run.optimizer.state.values() for t in values.values()]
     assert {t.dtype for t in [*state, *run.held.parameters]} == {torch.float32}
+
+
+def test_what_hooks_add_is_not_cast_by_autocast() -> None:
+    model = tiny.model("gpt2")
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    def add(x: Tensor, output: Tensor) -> Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), x.dtype))
+        return output
+
+    held = Held(model)
+    held.hooks.append((model.linear(0, "mlp.in"), add))
+    with mixed(model, "bfloat16"), held.active():
+        model.logits(collate(goal(model).forget, model))
+    assert seen == [(False, torch.bfloat16)]
 
 
 def test_precisions_that_a_model_does_not_have() -> None:

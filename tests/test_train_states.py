@@ -1,5 +1,6 @@
 """Which state is returned: the front, choices on it, and a dose between two steps that meets a level."""
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -21,7 +22,7 @@ from locedit.edit.options import TrainOptions
 from locedit.edit.train import train, train_front
 from locedit.errors import LoceditError
 from locedit.models import Model
-from locedit.unlearn import prepare, unlearn
+from locedit.unlearn import METHODS, prepare, unlearn
 from tests import edits, tiny
 
 STEPS: dict[str, Any] = {"steps": 12, "learning_rate": 3e-3, "eval_every": 1}
@@ -215,6 +216,20 @@ def test_controls_are_compared_at_the_interpolated_level() -> None:
     for curve in matched.curves[1:]:
         assert curve.matched is not None
         assert 0.98 * matched.level <= curve.columns["forget"][curve.matched] <= matched.level
+
+
+def test_controls_go_on_to_the_level_whatever_the_methods_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    always = dataclasses.replace(METHODS["ga"], stop=lambda *_: lambda _: ({}, True))
+    monkeypatch.setitem(METHODS, "ga", always)
+    model = tiny.model("gpt2")
+    within = edits.neurons_and_heads(model)
+    start = unlearn(model, edits.task(), "ga", within=within, steps=1)
+    assert start.history["step"] == [0]
+    level = 0.5 * start.history["forget"][0]
+    found = compare(
+        model, edits.task(), "ga", within=within, seeds=[0], level=level, learning_rate=3e-2, eval_every=1, steps=12
+    )
+    assert all(curve.matched for curve in found.curves)
 
 
 def test_the_level_and_a_rule_of_the_method_both_stop(caplog: pytest.LogCaptureFixture) -> None:
