@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from locedit.data import Example, Task, encode
 from locedit.data.items import ROLES, Dataset
@@ -64,13 +63,11 @@ def _one_prompt(model: Model, task: Task) -> Iterator[str]:
 
 
 def _methods(model: Model, task: Task) -> Iterator[str]:
-    from locedit.unlearn import METHODS
-
     yield from _localizers(model, task)
-    ready, missing = _ready(METHODS, task)
-    yield f"edit     can run: {', '.join(ready) or 'nothing'}"
-    for name, needs in missing.items():
-        yield f"         {name} needs {needs}"
+    able, reasons = _ready(task)
+    yield f"edit     can run: {', '.join(able) or 'nothing'}"
+    for reason in reasons:
+        yield f"         {reason}"
 
 
 def _localizers(model: Model, task: Task) -> Iterator[str]:
@@ -100,9 +97,17 @@ def _localizers(model: Model, task: Task) -> Iterator[str]:
             yield f"cost     {name} cannot run: {error}"
 
 
-def _ready(registry: Mapping[str, Any], task: Task) -> tuple[list[str], dict[str, str]]:
-    missing = {
-        name: ", ".join(need for need in entry.requires if getattr(task, need, None) is None)
-        for name, entry in registry.items()
-    }
-    return [name for name, needs in missing.items() if not needs], {n: needs for n, needs in missing.items() if needs}
+def _ready(task: Task) -> tuple[list[str], list[str]]:
+    """(unlearning methods that can run with their default options, why each of the others cannot)."""
+    from locedit.unlearn import METHODS, require
+
+    able: list[str] = []
+    reasons: list[str] = []
+    for name in METHODS:
+        try:
+            require(name, task)
+        except LoceditError as error:
+            reasons.append(str(error))
+        else:
+            able.append(name)
+    return able, reasons

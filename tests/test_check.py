@@ -40,6 +40,10 @@ def test_it_says_which_localizers_can_run_why_not_and_what_they_cost() -> None:
     ):
         assert name not in named
         assert any(reason in line for line in reasons)
+    able = next(line for line in lines if line.startswith("edit     can run")).partition(": ")[2].split(", ")
+    assert {"zero", "ga", "ceu", "undial"} <= set(able)  # the two published without a retain term need no retain data
+    assert "dpo" not in able
+    assert any("dpo needs 'retain' data" in line or "dpo needs retain data" in line for line in reasons)
     costs = [line for line in lines if line.startswith("cost")]
     assert [line.split()[1].rstrip(":") for line in costs if "cannot" not in line]
     assert len(costs) == len(named)

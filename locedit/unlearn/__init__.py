@@ -315,11 +315,17 @@ def prepare(
         raise LoceditError(f"{name}: the component set is empty: there is nothing to change")
     if within is not None and not method.restrictable:
         raise LoceditError(f"{name} cannot be restricted to a component set; leave out --within")
+    require(name, task, chosen)
+    return chosen
+
+
+def require(name: str, task: Task, options: Any = None) -> None:
+    """Raise LoceditError when the task lacks what a method needs with these options (by default its own defaults)."""
+    method = METHODS[name]
     task = method.reads(task)
-    method.check(name, task, chosen)
+    method.check(name, task, method.options() if options is None else options)
     if method.learns is not None:
         method.learns(task)
-    return chosen
 
 
 def objective(model: Model, task: Task, name: str, *, options: Any) -> Objective:
@@ -350,6 +356,7 @@ __all__ = [
     "objective",
     "objective_of",
     "prepare",
+    "require",
     "retain_terms",
     "unlearn",
 ]
