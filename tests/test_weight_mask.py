@@ -233,7 +233,7 @@ def test_weights_that_are_zero_already_do_not_count() -> None:
 
 
 def make(model: Model, within: ComponentSet | None = None, **options: Any) -> Edit:
-    settings: Any = {"steps": 4, "learning_rate": 0.3, "eval_every": 0, "curve": 6, "check": False} | options
+    settings: Any = {"steps": 4, "learning_rate": 0.3, "eval_every": 0, "curve": 4, "check": False} | options
     return unlearn(model, edits.task(), "weight_mask", within=within, **settings)
 
 
