@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _say(
-            "interrupted; nothing half-written was left; the same command goes on after the last finished stage", 130
+            "interrupted; nothing half-written was left; the same command goes on where this one stopped", 130
         )
     except Exception as error:
         if "--debug" in arguments:

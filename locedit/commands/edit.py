@@ -32,13 +32,13 @@ def edit_command(args: argparse.Namespace) -> None:
     if args.controls and not args.within:
         raise LoceditError("--controls compares a set with random sets of the same size; give --within")
     asked = ComponentSet.load(args.within) if args.within else None
-    prepare(args.method, read_data(args), within=asked, hold=args.hold, **options)
+    chosen = prepare(args.method, read_data(args), within=asked, hold=args.hold, **options)
     args.hold = args.hold or METHODS[args.method].holds[0]
     main = _join_processes(args)
     run_folder, model, task = start(args)
     within = None if asked is None else model.bind(asked)
-    if main:
-        _say_memory(model, within, args.hold)
+    if main and METHODS[args.method].dose is None:
+        _say_memory(model, within, args.hold, rank=getattr(chosen, "rank", 0))
     edit = _edit(run_folder, model, task, args, options, within, main=main)
     if main:
         run_folder.write_once("run.json", about(args, model))
@@ -170,12 +170,18 @@ def _identity(within: ComponentSet | None) -> dict[str, Any] | None:
     return {"components": len(within), "hash": content_hash(within.to_json() | {"provenance": None})}
 
 
-def _say_memory(model: Model, within: ComponentSet | None, hold: str) -> None:
+def _say_memory(model: Model, within: ComponentSet | None, hold: str, *, rank: int) -> None:
+    """How many numbers are trained, and the memory of them with their gradient and Adam's two moments in float32."""
     total = sum(p.numel() for p in model.module.parameters())
-    count = total if within is None else within.parameters("train")
+    if hold == "adapter":
+        from locedit.edit.adapter import linear_pieces
+
+        count = rank * sum(sum(piece.shape) for piece in linear_pieces(model, within))
+    else:
+        count = total if within is None else within.parameters("train")
     note(
-        f"trainable: {count:,} of {total:,} parameters, held as {hold}; "
-        f"about {count * 16 / 2**20:.1f} MiB for deltas and optimizer"
+        f"trained: {count:,} numbers beside {total:,} parameters, held as {hold}; "
+        f"about {count * 16 / 2**20:.1f} MiB with their optimizer"
     )
 
 
@@ -185,5 +191,9 @@ def export_command(args: argparse.Namespace) -> None:
 
     refuse_overwrite(args.out, force=args.force)
     edit = Edit.load(args.edit)
-    edit.export(read_model(args), args.out, force=args.force)
-    note(f"{args.out}: the edited model; load it with transformers.AutoModel...from_pretrained({str(args.out)!r})")
+    model = read_model(args)
+    edit.export(model, args.out, force=args.force)
+    base = f"peft.PeftModel.from_pretrained({model.name!r} as loaded by transformers, "
+    loader = base if edit.kind == "adapter" else "transformers.AutoModel...from_pretrained("
+    what = "a PEFT adapter of the unedited model" if edit.kind == "adapter" else "the edited model"
+    note(f"{args.out}: {what}; load it with {loader}{str(args.out)!r})")

@@ -13,9 +13,9 @@ DOTS = (
     "Bars: Student's 95 % interval over seeds. Dotted: the unedited model."
 )
 TRADEOFF = (
-    "Each point is one method in one place, by forget items that were not relearned. Dotted: items that the model never "
-    "knew, attacked in the same way in the same edited models. Up and left is better; what the attack itself breaks is "
-    "in the figure above."
+    "Each point is one method in one place, by forget items that were not relearned. Dotted: items that the model "
+    "never knew, attacked in the same way in the same edited models. Up and left is better; what the attack itself "
+    "breaks is in the figure above."
 )
 
 

@@ -101,8 +101,8 @@ def reached(study: Study) -> TableView:
         "Mean over the seeds with Student's 95 % interval where there are several. All edits are read at the first "
         "dose that takes the forget level to the level of the study, or below; the other numbers are means over items. "
         "Relearned: forget items that were not relearned, after the attack; beside it held-out items that were never "
-        "known, after the same attack, and what it leaves of the retain items. Share back: 0 = like never known, 1 = as "
-        "before the edit. KL: of the edited from the unedited model on texts."
+        "known, after the same attack, and what it leaves of the retain items. Share back: 0 = like never known, 1 = "
+        "as before the edit. KL: of the edited from the unedited model on texts."
     )
     return TableView(
         title="Every method at the matched forget level",
@@ -174,14 +174,9 @@ def _end() -> list[Column]:
 def _row(row: Row, columns: Sequence[Number]) -> list[Cell]:
     numbers = [_cell(row.values.get(column.key)) for column in columns]
     dose = row.values.get("dose")
-    amount = f"{dose.value:,.0f} {_plural(row.dose)}" if dose else ""
+    amount = f"{dose.value:,.0f} {row.dose}" if dose else ""
     seeds = str(len(row.seeds))
     return [*texts(row.method, row.place, seeds), *numbers, *texts(amount, row.note)]
-
-
-def _plural(word: str) -> str:
-    """ "step" is the name of a history's column."""
-    return "steps" if word == "step" else word
 
 
 def _cell(found: Interval | None) -> Cell:
