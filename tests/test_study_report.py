@@ -56,6 +56,15 @@ def test_rows_are_means_over_the_seeds_with_students_interval() -> None:
     assert [row.state for row in study.rows].count("reached") == 5
 
 
+def test_intervals_of_shares_end_where_shares_end() -> None:
+    """0.7, 0.8, 0.9 has 0.8 +- 0.248; share back may pass 1."""
+    row = a_study().row("npo", "whole model")
+    assert row is not None
+    assert row.values["relearn.recovered"].high == 1.0
+    assert row.values["relearn.recovered"].low == pytest.approx(0.8 - 4.302652729911275 * 0.1 / 3**0.5)
+    assert row.values["relearn.share_back"].high == pytest.approx(0.6 + 4.302652729911275 * 0.1 / 3**0.5)
+
+
 def test_seeds_that_did_not_reach_the_level_are_in_no_mean() -> None:
     missed = record("npo", "neurons", 3, retain=0.0, state="not reached")
     study = a_study(records=(*a_study().records, missed))
@@ -93,7 +102,7 @@ def test_the_sentences_say_what_the_numbers_do() -> None:
     assert "1 of 13 edits did not reach the level. 1 of 13 edits failed." in told
     npo, ga = study_words.by_method(study)
     assert npo.startswith("npo at forget level 0.25 (3 seeds), in neurons / whole model / random like neurons: retain")
-    assert "relearned 0.50 [0.50, 0.50] / 0.80 [0.55, 1.05] / 0.50 [0.50, 0.50]; never known, relearned 0.20" in npo
+    assert "relearned 0.50 ± 0 / 0.80 ± 0.25 / 0.50 ± 0; never known, relearned 0.20" in npo
     assert "retain, relearned 0.80" in npo
     assert ga.endswith("The level was not reached in neurons (lowest 0.25).")
     weak = a_study(records=tuple(r for r in study.records if r.role != "shallow"))

@@ -12,7 +12,7 @@ from locedit.results import Role
 from locedit.study.records import Row
 from locedit.study.result import Study
 
-LINE, GAP = 22, 78
+LINE, SHIFT, GAP = 16, 7, 78
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
 COLOUR: dict[Role, str] = {
     role: COLOURS[role] for role in ("found", "random", "everything", "complement", "shallow", "other")
@@ -27,7 +27,8 @@ def dots(study: Study) -> Figure:
     columns = panels(study)
     rows = [row for row in study.rows if row.state == "reached"]
     methods = [method for method in study.methods if any(row.method == method for row in rows)]
-    height = LINE * max(len(methods), 2) + 10
+    places = styles(rows)
+    height = (LINE + SHIFT * len(places)) * max(len(methods), 2) + 10
     total = (height + GAP) * max(len(columns), 1) + 40
     made = make_subplots(
         rows=max(len(columns), 1),
@@ -35,18 +36,25 @@ def dots(study: Study) -> Figure:
         vertical_spacing=GAP / total if len(columns) > 1 else 0,
         subplot_titles=[plain(_title(column)) for column in columns],
     )
-    places = styles(rows)
+    heights = {method: -at for at, method in enumerate(methods)}
     for at, column in enumerate(columns, start=1):
-        for place, style in places.items():
+        for number, (place, style) in enumerate(places.items()):
             here = [row for row in rows if row.place == place and column.key in row.values]
             if here:
-                made.add_trace(_trace(here, column, place, style, named=at == 1), row=at, col=1)
+                shift = 0.64 * ((number + 0.5) / len(places) - 0.5)
+                y = [heights[row.method] - shift for row in here]
+                made.add_trace(_trace(here, column, y, place, style, named=at == 1), row=at, col=1)
         if column.unedited and (before := study.unedited(column.key)):
             line = {"color": COLOURS["unedited"], "dash": "dot", "width": 1.2}
             made.add_vline(x=before.value, line=line, row=at, col=1)  # type: ignore[arg-type]
         made.update_xaxes(range=[-0.03, 1.03], nticks=6, tickangle=0, row=at, col=1)
         made.update_yaxes(
-            categoryorder="array", categoryarray=[plain(m) for m in methods][::-1], gridcolor=GRID, row=at, col=1
+            tickvals=list(heights.values()),
+            ticktext=[plain(method) for method in methods],
+            range=[0.6 - len(methods), 0.6],
+            gridcolor=GRID,
+            row=at,
+            col=1,
         )
     dressed = dress(made, height=total)
     dressed.update_layout(margin={"t": 34})
@@ -112,17 +120,19 @@ def _marker(style: Style) -> dict[str, object]:
     return {
         "color": colour,
         "symbol": f"{symbol}-open" if hollow else symbol,
-        "size": 9,
+        "size": 8,
         "line": {"width": 2 if hollow else 0, "color": colour},
     }
 
 
-def _trace(rows: Sequence[Row], column: Number, place: str, style: Style, *, named: bool) -> go.Scatter:
+def _trace(
+    rows: Sequence[Row], column: Number, y: Sequence[float], place: str, style: Style, *, named: bool
+) -> go.Scatter:
     values = [row.values[column.key] for row in rows]
     known = [value.low == value.low for value in values]
     return go.Scatter(
         x=[value.value for value in values],
-        y=[plain(row.method) for row in rows],
+        y=y,
         error_x={
             "type": "data",
             "symmetric": False,
@@ -136,8 +146,8 @@ def _trace(rows: Sequence[Row], column: Number, place: str, style: Style, *, nam
         legendgroup=place,
         showlegend=named,
         marker=_marker(style),
-        text=[interval(value) for value in values],
-        hovertemplate="%{y}, " + plain(place) + ": %{text}<extra></extra>",
+        text=[f"{plain(row.method)}, {plain(place)}: {interval(v)}" for row, v in zip(rows, values, strict=True)],
+        hovertemplate="%{text}<extra></extra>",
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from locedit.grading.statistics import Interval, over_seeds
 from locedit.report import study_table
 from locedit.report.numbers import number
-from locedit.report.study_table import Number, attacks_of, interval, numbers_of
+from locedit.report.study_table import Number, attacks_of, numbers_of
 from locedit.report.words import Verdict
 from locedit.results import Role
 from locedit.study.records import LEVEL, Record, Row
@@ -65,7 +65,7 @@ def _line(study: Study, method: str) -> str:
 
 def _at(study: Study, method: str, rows: Sequence[Row], target: float) -> str:
     """ "npo at forget level 0.25, in whole model / DEPN neurons: retain accuracy 0.93 / 0.90; ..." """
-    told = [said for column in numbers_of(study) if column.key != LEVEL and (said := _numbers(column, rows))]
+    told = [said for column in _headlines(study) if (said := _numbers(column, rows))]
     seeds = max(len(row.seeds) for row in rows)
     count = f" ({seeds} seeds)" if seeds > 1 else ""
     places = " / ".join(row.place for row in rows)
@@ -73,12 +73,17 @@ def _at(study: Study, method: str, rows: Sequence[Row], target: float) -> str:
 
 
 def _numbers(column: Number, rows: Sequence[Row]) -> str:
-    if column.key.endswith(".share_back"):
-        return ""
     found = [row.values.get(column.key) for row in rows]
-    if not any(found):
-        return ""
-    return f"{column.words} {' / '.join(interval(value) or '-' for value in found)}"
+    return f"{column.words} {' / '.join(map(_short, found))}" if any(found) else ""
+
+
+def _short(found: Interval | None) -> str:
+    """A mean, and half of its interval's width where there is one."""
+    if found is None or math.isnan(found.value):
+        return "-"
+    if math.isnan(found.low):
+        return number(found.value)
+    return f"{number(found.value)} ± {number(max(found.high - found.value, found.value - found.low))}"
 
 
 # --- over the methods ------------------------------------------------------------------------------------------------
@@ -103,8 +108,9 @@ def _others(study: Study, place: str) -> list[str]:
 
 
 def _headlines(study: Study) -> list[Number]:
-    """Retain, the formats that were not trained on, and what attacks bring back with what they keep."""
-    attacked = {f"{attack}.{name}" for attack in attacks_of(study) for name in ("recovered", "retain")}
+    """Retain, the formats of the forget set, and what attacks bring back with what they keep."""
+    names = ("recovered", "never_known", "retain")
+    attacked = {f"{attack}.{name}" for attack in attacks_of(study) for name in names}
     metric = study_table.metric_of(study)
     keys = {f"retain.{metric}", f"forget.paraphrase_{metric}", *attacked}
     keys |= {f"forget.{metric}[{part}]" for part in study_table.formats_of(study)}

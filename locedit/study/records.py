@@ -69,6 +69,7 @@ class Row:
         return asdict(self) | {"seeds": list(self.seeds), "values": values}
 
 
+SHARES = ("level", "lowest", "preferred", "recovered", "after_edit", "retain", "retain_after_edit", "never_known")
 HELD = {"adapter": "LoRA", "hooks": "hooks"}
 
 
@@ -92,17 +93,27 @@ def _row(records: Sequence[Record]) -> Row:
         target=first.target,
         state=first.state,
         seeds=tuple(record.seed for record in records),
-        values={name: _interval([r.values[name] for r in records if name in r.values]) for name in names},
+        values={name: _interval(name, [r.values[name] for r in records if name in r.values]) for name in names},
         dose=first.dose,
         note="; ".join(notes),
     )
 
 
-def _interval(values: Sequence[float]) -> Interval:
-    """NaN and infinite numbers have no interval."""
+def _interval(name: str, values: Sequence[float]) -> Interval:
+    """Mean and interval; those of shares and probabilities end at 0 and 1. NaN and infinite numbers have none."""
     if not all(map(math.isfinite, values)):
         return Interval(math.nan, math.nan, math.nan)
-    return over_seeds(values)
+    return over_seeds(values).within(0.0, 1.0) if is_share(name) else over_seeds(values)
+
+
+def is_share(name: str) -> bool:
+    """Whether a number lies between 0 and 1.
+
+    >>> is_share("forget.accuracy[question]"), is_share("relearn.recovered"), is_share("texts.perplexity")
+    (True, True, False)
+    """
+    last = name.split("[")[0].split(".")[-1]
+    return last.endswith(("accuracy", "probability")) or last in SHARES
 
 
 def _null(number: float) -> float | None:
