@@ -11,7 +11,7 @@ demo: $(VENV)/.run
 	$(BIN)/locedit demo --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest --runslow

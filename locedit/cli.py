@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of stdout has gone, as in `locedit methods | head`
         return 0
     except KeyboardInterrupt:
-        return _say(
-            "interrupted; nothing half-written was left; the same command goes on where this one stopped", 130
-        )
+        return _say("interrupted; nothing half-written was left; the same command goes on where this one stopped", 130)
     except Exception as error:
         if "--debug" in arguments:
             raise
