@@ -9,7 +9,7 @@ from locedit import losses
 from locedit.components import ComponentSet
 from locedit.data.encode import Batch, Example, collate, encode
 from locedit.data.items import Dataset, Fact, Task
-from locedit.edit.objective import ReferenceCache, Step
+from locedit.edit.objective import Loss, Matched, Objective, ReferenceCache, Step
 from locedit.edit.restrict import Deltas
 from locedit.losses import Scored
 from locedit.models import Model, load
@@ -28,6 +28,20 @@ def task(**fields: Any) -> Task:
         "retain": Dataset(items=tuple(retain), source="retain.jsonl"),
     }
     return Task(**(parts | fields))
+
+
+def objective(model: Model, loss: Loss) -> Objective:
+    """Every kind of data that a loss may have."""
+    given = task()
+    assert given.retain is not None
+    forget, retain = encode(model, given.forget), encode(model, given.retain)
+    return Objective(
+        loss=loss,
+        forget=forget,
+        retain=retain,
+        probes={"forget": forget, "retain": retain},
+        others={"pool": retain[1:], "matched": Matched(candidates=dict.fromkeys(forget, retain), count=2)},
+    )
 
 
 def neurons_and_heads(model: Model) -> ComponentSet:

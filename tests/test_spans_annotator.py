@@ -60,7 +60,7 @@ def test_a_model_is_asked_greedily_with_examples(tmp_path: Path, monkeypatch: py
     template.write_text("{examples}Text: {text}\nPrivate:")
     shown = dataset(PrivateText(text="Eva: 55", spans=((0, 3, "n"), (5, 7, "p")), id="e"))
     options = AnnotatorOptions(template=str(template), examples=shown, max_new_tokens=5, batch_size=2)
-    assert options.prompt("Hi {examples}") == "Text: Eva: 55\nPrivate: Eva; 55\n\nText: Hi {examples}\nPrivate:"
+    assert options.prompts(["Hi {examples}"]) == ["Text: Eva: 55\nPrivate: Eva; 55\n\nText: Hi {examples}\nPrivate:"]
     # the answers are greedy continuations of the prompt, token by token with a whole forward pass each
     model = tiny.model("gpt2")
     prompts = ["Anna Berg was", "Carl", "The e-mail of Carl is "]

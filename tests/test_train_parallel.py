@@ -14,7 +14,7 @@ from torch import Tensor
 from locedit import losses, storage
 from locedit.data.encode import encode
 from locedit.edit import Edit
-from locedit.edit.objective import Matched, Objective, Step
+from locedit.edit.objective import Objective, Step
 from locedit.edit.options import TrainOptions
 from locedit.edit.parallel import Processes
 from locedit.edit.run import Run
@@ -68,16 +68,7 @@ def loss(step: Step) -> dict[str, Tensor]:
 
 
 def goal(model: Model, loss: Callable[[Step], dict[str, Tensor]] = loss) -> Objective:
-    task = edits.task()
-    assert task.retain is not None
-    forget, retain = encode(model, task.forget), encode(model, task.retain)
-    return Objective(
-        loss=loss,
-        forget=forget,
-        retain=retain,
-        probes={"forget": forget, "retain": retain},
-        others={"pool": retain[1:], "matched": Matched(candidates=dict.fromkeys(forget, retain), count=2)},
-    )
+    return edits.objective(model, loss)
 
 
 def together(count: int, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Run]) -> list[Run]:

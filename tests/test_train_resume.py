@@ -66,17 +66,7 @@ def lowering(step: Step) -> dict[str, Tensor]:
 
 
 def goal(model: Model, loss: Loss = everything) -> Objective:
-    task = edits.task()
-    assert task.retain is not None
-    forget, retain = encode(model, task.forget), encode(model, task.retain)
-    return Objective(
-        loss=loss,
-        forget=forget,
-        retain=retain,
-        probes={"forget": forget, "retain": retain},
-        others={"pool": retain[1:], "matched": Matched(candidates=dict.fromkeys(forget, retain), count=2)},
-        name="everything",
-    )
+    return dataclasses.replace(edits.objective(model, loss), name="everything")
 
 
 def broken_off(at: int, run: Callable[[], Any]) -> None:

@@ -165,7 +165,12 @@ class Run(Stepping):
 
     def _level_between(self, above: State, below: State, share: float) -> float:
         self._mix(above, below, share)
-        return self.processes.from_main(self._measure)[0]["forget"]
+        return self.processes.from_main(self._forget_level)
+
+    def _forget_level(self) -> float:
+        probes = {"forget": self.objective.probes["forget"]}
+        with self.held.saved():
+            return levels(self.model, probes, level=self.options.level)["forget"]
 
     def _mix(self, one: State, other: State, share: float) -> None:
         self.put([torch.lerp(a, b, share) for a, b in zip(one.tensors, other.tensors, strict=True)])

@@ -79,6 +79,15 @@ def holds(model: ScoringModel, length: int) -> bool:
     return True
 
 
+def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """Every n tokens that stand side by side, in order.
+
+    >>> ngrams([1, 2, 3], 2), ngrams([1], 2)
+    ([(1, 2), (2, 3)], [])
+    """
+    return list(zip(*(tokens[at:] for at in range(n)), strict=False))
+
+
 # --- together --------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from locedit.data.encode import Example, encode
 from locedit.errors import LoceditError
-from locedit.evaluate.continuations import MEMORY, Continued, continuations
+from locedit.evaluate.continuations import MEMORY, Continued, continuations, ngrams
 from locedit.evaluate.facts import groups_of, owners_of
 from locedit.evaluate.values import Values, View
 from locedit.losses import ScoringModel
@@ -94,18 +94,14 @@ def _accuracy(text: Sequence[int], said: Continued) -> float:
 
 def _overlap(text: Sequence[int], said: Continued, n: int) -> float:
     """EL_n from the continuations."""
-    last = {gram: at for at, gram in enumerate(_grams(text, n))}
+    last = {gram: at for at, gram in enumerate(ngrams(text, n))}
     "n-gram -> where it begins for the last time"
     total = 0.0
     for prefix, written in said.written.items():
         if prefix <= len(text) - n:
-            hits = sum(last.get(gram, -1) >= prefix for gram in _grams(written, n))
+            hits = sum(last.get(gram, -1) >= prefix for gram in ngrams(written, n))
             total += hits / (len(text) - prefix - n + 1)
     return total / (len(text) - n)
-
-
-def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(tokens[at:] for at in range(n)), strict=False))
 
 
 def extraction_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:

@@ -79,8 +79,7 @@ def over_forgetting(model: Model, task: Task, edit: Edit) -> OverForgetting:
     """Look for over-forgetting with at most PROMPTS greedy continuations of TOKENS tokens after the edit.
 
     Those of the unedited model are only written where one after the edit is blank or repeats itself. A masked model is
-    not continued. Probabilities are compared where the task has held-out data of the same kind, and
-    not for contrast pairs.
+    not continued. Probabilities are compared where the task has held-out data of the same kind, not for contrast pairs.
     """
     forget = encode(model, task.forget)
     prompts = _prompts(model, forget)

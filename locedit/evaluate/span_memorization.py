@@ -19,7 +19,7 @@ from typing import Literal
 from locedit.data.encode import Example, Span, encode
 from locedit.data.items import LabelledText, PrivateText
 from locedit.errors import LoceditError
-from locedit.evaluate.continuations import continuations
+from locedit.evaluate.continuations import continuations, ngrams
 from locedit.evaluate.facts import groups_of, owners_of
 from locedit.evaluate.scoring import TokenScores, token_scores
 from locedit.evaluate.values import Values, View
@@ -54,13 +54,10 @@ def _overlap(text: Sequence[int], written: dict[int, tuple[int, ...]], *, n: int
     """Mean over prefixes of the share of n-grams; the text ends with the last n-gram that touches the span."""
     shares: list[float] = []
     for length, tokens in written.items():
-        true = _grams(text[length:], n)
-        shares.append(sum(gram in set(true) for gram in _grams(tokens, n)) / len(true))
+        true = ngrams(text[length:], n)
+        known = set(true)
+        shares.append(sum(gram in known for gram in ngrams(tokens, n)) / len(true))
     return sum(shares) / len(shares)
-
-
-def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(tokens[at:] for at in range(n)), strict=False))
 
 
 def rests(model: ScoringModel, items: Sequence[PrivateText]) -> list[Example]:

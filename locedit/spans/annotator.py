@@ -47,14 +47,15 @@ class AnnotatorOptions:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise LoceditError(f"{name}={getattr(self, name)!r} must be at least 1")
-        self.prompt("")
+        self.prompts([])
 
-    def prompt(self, text: str) -> str:
-        """The prompt for a text."""
+    def prompts(self, texts: Sequence[str]) -> list[str]:
+        """The prompt for each text; the files are read here."""
         template = TEMPLATE if self.template is None else read_text(Path(self.template))
         if "{text}" not in template:
             raise LoceditError(f"template={self.template!r}: the file has no {{text}} where the text goes")
-        return template.replace("{examples}", self.shown()).replace("{text}", text)
+        filled = template.replace("{examples}", self.shown())
+        return [filled.replace("{text}", text) for text in texts]
 
     def shown(self) -> str:
         """The examples as they stand in the prompt."""
@@ -76,7 +77,7 @@ def by_model(source: Source, options: AnnotatorOptions) -> Sequence[Proposal]:
     offline selection of SeUL (arXiv:2402.05813), which asked a hosted model in context.
     """
     model = source.require("annotator", "model", by="annotator")
-    answers = ask(model, [options.prompt(text_of(item)) for item in source.data], options)
+    answers = ask(model, options.prompts([text_of(item) for item in source.data]), options)
     rows = zip(source.data, answers, strict=True)
     return [by_pieces(item, pieces_of(answer)) for item, answer in rows]
 

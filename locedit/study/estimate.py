@@ -15,44 +15,30 @@ from locedit.study.running import in_words, models
 
 def describe(plan: Plan, out: Path, *, jobs: int) -> Iterator[str]:
     """One line for each cell, then the estimate."""
-    files = _files(plan, out)
-    for cell in plan.cells:
-        yield f"{'there' if cell in files and files[cell].done() else 'to do'}  {cell.label}"
-    left = [cell for cell in plan.cells if cell not in files or not files[cell].done()]
-    yield f"{len(plan.cells)} edits, {len(left)} to do; {_words(plan, left, files, jobs)}"
+    there, left = _seconds_there(plan, out), list[Cell]()
+    for cell, seconds in zip(plan.cells, there, strict=True):
+        yield f"{'to do' if seconds is None else 'there'}  {cell.label}"
+        left += [cell] if seconds is None else []
+    yield f"{len(plan.cells)} edits, {len(left)} to do; {_words(plan, left, there, jobs)}"
 
 
-def _files(plan: Plan, out: Path) -> "Files":
-    """The files of the cells whose model has been seen; none before the first run."""
+def _seconds_there(plan: Plan, out: Path) -> list[float | None]:
+    """What each cell of the plan took; None for one that is still to do."""
     known = models(plan, out)
-    return Files(
-        {
-            id(cell): CellFiles(plan.config, cell, identity=known[cell.seed], data=plan.data[cell.seed], out=out)
-            for cell in plan.cells
-            if cell.seed in known
-        }
-    )
+    found: list[float | None] = []
+    for cell in plan.cells:
+        identity = known.get(cell.seed)  # None before the first run of this seed
+        files = identity and CellFiles(plan.config, cell, identity=identity, data=plan.data[cell.seed], out=out)
+        found.append(sum(files.times().values()) if files and files.done() else None)
+    return found
 
 
-class Files:
-    """The files of cells; options make a cell no key of a dictionary, so that it is found by itself."""
-
-    def __init__(self, files: dict[int, CellFiles]) -> None:
-        self._files = files
-
-    def __contains__(self, cell: Cell) -> bool:
-        return id(cell) in self._files
-
-    def __getitem__(self, cell: Cell) -> CellFiles:
-        return self._files[id(cell)]
-
-
-def _words(plan: Plan, left: Sequence[Cell], files: Files, jobs: int) -> str:
+def _words(plan: Plan, left: Sequence[Cell], there: Sequence[float | None], jobs: int) -> str:
     """The estimate: from the cells that are there, of the same method where there are some."""
     taken: dict[str, list[float]] = {}
-    for cell in plan.cells:
-        if cell in files and files[cell].done():
-            taken.setdefault(cell.name, []).append(sum(files[cell].times().values()))
+    for cell, seconds in zip(plan.cells, there, strict=True):
+        if seconds is not None:
+            taken.setdefault(cell.name, []).append(seconds)
     every = [seconds for found in taken.values() for seconds in found]
     if not left:
         return "nothing is left to do"

@@ -15,6 +15,7 @@ from locedit.edit import ablation
 from locedit.edit.edit import Edit
 from locedit.edit.levels import levels
 from locedit.edit.objective import Objective
+from locedit.edit.parallel import Processes
 from locedit.edit.train import train
 from locedit.errors import LoceditError, nearest
 from locedit.evaluate.overforgetting import over_forgetting
@@ -281,7 +282,7 @@ def _trained(model: Model, task: Task, name: str, *, within: ComponentSet | None
 def _checked(model: Model, task: Task, edit: Edit, name: str) -> Edit:
     """The edit with what was found of over-forgetting."""
     found = over_forgetting(model, task, edit)
-    if found.warning is not None:
+    if found.warning is not None and Processes.now().main:
         log.warning("%s: %s", name, found.warning)
     return dataclasses.replace(edit, outcome=edit.outcome | {"over_forgetting": found.to_json()})
 
