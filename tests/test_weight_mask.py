@@ -320,6 +320,17 @@ def test_published_settings_and_masked_models_run() -> None:
     edit.verify(model)
 
 
+def test_published_decay_is_that_of_sgd_with_momentum() -> None:
+    """One weight with no gradient: the published optimizer, and plain SGD with the settings given here."""
+    published = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([published], lr=1e-3, momentum=0.9, weight_decay=0.01)
+    for _ in range(2000):
+        published.grad = torch.zeros_like(published)
+        optimizer.step()
+    plain = (1 - PUBLISHED["learning_rate"] * PUBLISHED["weight_decay"]) ** 2000
+    assert 1 - plain == pytest.approx(1 - published.item(), rel=0.02)
+
+
 def test_mistakes_before_a_model_is_needed() -> None:
     task = edits.task()
     with pytest.raises(LoceditError, match="budget=2.0: a share lies above 0 and is at most 1.0; a count has no point"):
