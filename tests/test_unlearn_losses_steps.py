@@ -305,6 +305,12 @@ def bare(**changes: Any) -> Dataset:
     return dataset("forget", [dataclasses.replace(facts[0], **changes), *facts[1:]])
 
 
+def facts_with_new(*new: str) -> Dataset:
+    """The first forget facts with these new answers."""
+    facts = everything().forget.of(Fact, by="test")
+    return dataset("forget", [dataclasses.replace(f, new_answer=n) for f, n in zip(facts, new, strict=False)])
+
+
 @pytest.mark.parametrize(
     ("name", "parts", "options", "message"),
     [
@@ -319,6 +325,18 @@ def bare(**changes: Any) -> Dataset:
             {"preferred": "alternatives"}, "dpo needs another answer to 'f0'; alternatives.jsonl gives its own, 'Oslo'",
         ),
         ("dpo", {"forget": bare()}, {"preferred": "new_answer"}, "dpo needs the field 'new_answer', which 'f0'"),
+        (
+            "dpo", {"forget": facts_with_new(" Rome", "pilot ")}, {"preferred": "new_answer"},
+            "dpo needs another answer to 'f1'; 'new_answer' in forget.jsonl gives its own, 'pilot'",
+        ),
+        (
+            "injection", {"forget": facts_with_new(" Oslo", " baker")}, {},
+            "injection needs another answer to 'f0'; 'new_answer' in forget.jsonl gives its own, 'Oslo'",
+        ),
+        (
+            "dpo", {"refusals": dataset("refusals", [PlainText(text="Oslo", id="r")])}, {},
+            "dpo needs another answer to 'f0'; refusals.jsonl gives its own, 'Oslo'",
+        ),
         ("dpo", {"forget": private()}, {}, "dpo needs forget items of kind Fact"),
         ("injection", {"forget": bare(new_answer=" Rome")}, {}, "injection needs the field 'new_answer', which 'f1'"),
         ("injection", {"texts": None}, {"texts_weight": 1.0}, "needs 'texts' data"),

@@ -81,11 +81,12 @@ def alternatives(task: Task, *, by: str) -> dict[str, tuple[str, ...]]:
 
 
 def new_answers(task: Task, *, by: str) -> dict[str, str]:
-    """Fact id -> its `new_answer`, which every forget fact must have."""
+    """Fact id -> its `new_answer`, which every forget fact must have, and not its own answer again."""
     found: dict[str, str] = {}
     for fact in task.forget.of(Fact, by=by):
         if fact.new_answer is None:
             raise LoceditError(f"{by} needs the field 'new_answer', which {fact.id!r} of {task.forget.source} lacks")
+        _require_other(fact, (fact.new_answer.strip(),), source=f"'new_answer' in {task.forget.source}", by=by)
         found[fact.id] = fact.new_answer
     return found
 

@@ -73,7 +73,7 @@ def others(model: Model, task: Task, options: DpoOptions) -> Mapping[str, Matche
 
 
 def verify(task: Task, options: DpoOptions) -> None:
-    """By `preferred`: refusals, an alternative for every forget fact, or a new_answer in every one."""
+    """By `preferred`: refusals, an alternative for every forget fact, or a new_answer in every one; never its own."""
     _preferred(task, options)
 
 
@@ -84,6 +84,7 @@ def _preferred(task: Task, options: DpoOptions) -> dict[str, tuple[str, ...]]:
     if options.preferred == "new_answer":
         return {name: (text.strip(),) for name, text in answers.new_answers(task, by="dpo").items()}
     texts = answers.texts_of(task, "refusals", by="dpo")
+    answers.require_others(task, texts, source=task.require("refusals", by="dpo").source, by="dpo")
     return {fact.id: texts for fact in task.forget.of(Fact, by="dpo")}
 
 

@@ -34,6 +34,10 @@ class PduOptions(ForgetOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.retain_weight == 0:
+            raise LoceditError(
+                "retain_weight=0.0 must be above 0: it is pdu's dual variable; in a combination name pdu first"
+            )
         above_zero(self, "retain_weight", "epsilon_ratio")
         at_least_zero(self, "dual_rate", "dual_warmup")
         if self.epsilon is not None:
