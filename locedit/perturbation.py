@@ -54,7 +54,8 @@ class AscentOptions:
     "radius of the ball in which a row's perturbation stays, flattened over positions and entries"
     eps_in: Literal["tokens", "norm"] = "tokens"
     """tokens: eps times the median norm of the row's tokens at that point, so that one value suits any model (a few
-    tokens can have norms hundreds of times those of the others); norm (published): eps itself"""
+    tokens can have norms hundreds of times those of the others), and of chosen components times the root of their
+    share of the entries; norm (published): eps itself"""
     start: Literal["random", "zero"] = "random"
     "random (published): a Gaussian direction with a norm uniform between 0 and the radius; zero: no perturbation"
     clamp: Literal["none", "example", "batch"] = "none"

@@ -3,7 +3,7 @@
 The name is the combination: methods joined by `+`, each with a weight before `*` or 1. Every method sees the same
 forget batch (its own data where it learns others), keeps a state of its own, and has its terms logged as
 `npo.forget_loss`, weighted. The retain term is counted once, unweighted by the methods: it is that of the first method
-that has one, of weight `retain_weight`.
+that has one, of weight `retain_weight`. Terms on texts are each method's own.
 
 Options that several of the methods have with one default are given once; where the defaults differ, each method has its
 own, named after it (`npo_beta`, `simnpo_beta`). Training is by the first method's defaults.
