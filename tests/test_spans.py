@@ -12,6 +12,7 @@ from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.spans import PATTERNS, FoundSpans, SurprisalOptions, find_spans
 from locedit.spans.surprisal import low_runs
+from locedit.spans.words import occurrences
 from tests import tiny
 
 
@@ -68,6 +69,8 @@ def test_the_span_of_a_fact_is_the_stretch_that_its_loss_scores() -> None:
         ("On May 5, 1999 and 12th March 2004", [("May 5, 1999", "date"), ("12th March 2004", "date")]),
         ("He lives at 221B Baker Street, London.", [("221B Baker Street", "address")]),
         ("It cost 1,250.50 in 2019; abc123 no.", [("1,250.50", "number"), ("2019", "number")]),
+        ("电话13812345678，生于1990-02-17。", [("13812345678", "phone"), ("1990-02-17", "date")]),
+        ("010-1234-5678입니다, โทร0812345678ครับ", [("010-1234-5678", "phone"), ("0812345678", "phone")]),
     ],
 )
 def test_built_in_patterns_by_hand(text: str, expected: list[tuple[str, str]]) -> None:
@@ -92,6 +95,12 @@ def test_names_are_whole_words_and_the_longest_wins(tmp_path: Path) -> None:
     names.write_text("Anna\nAnna Berg\n\nCarl\n")
     found = find_spans(plain("Annabel met Anna Berg, Anna and Carla."), "patterns", patterns=(), names=str(names))
     assert marked(found) == {"t0": [("Anna Berg", "name"), ("Anna", "name")]}
+
+
+def test_a_name_may_stand_beside_letters_of_a_script_without_spaces() -> None:
+    text = "我叫Ann。李雷 met Annabel, Anế, _Ann and 5Ann."
+    assert occurrences(text, "Ann") == [(2, 5)]
+    assert occurrences(text, "李雷") == [(6, 8)]
 
 
 @pytest.mark.parametrize("suffix", [".toml", ".json"])
@@ -193,6 +202,18 @@ def test_difference_marks_what_the_model_knows_better_than_the_scorer() -> None:
     blank = {at for at, letter in enumerate(text) if letter.isspace()}
     assert covered - blank == expected - blank
     assert 0 < int(chosen.sum()) < len(chosen)
+
+
+def test_tokens_of_one_character_are_marked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    text = "Anna 😀 b"
+    offsets = model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"][1:]
+    parts = [at for at, place in enumerate(offsets) if place == (5, 6)]
+    assert len(parts) == 4
+    p = torch.full((len(offsets),), 0.9)
+    p[[parts[0], parts[2]]] = 0.1
+    monkeypatch.setattr("locedit.spans.surprisal._probabilities", lambda *_: [p])
+    assert marked(find_spans(plain(text), "surprisal", scorer=model)) == {"t0": [("😀", "surprisal")]}
 
 
 def test_gaps_are_closed_before_short_runs_are_dropped() -> None:

@@ -44,7 +44,7 @@ def test_a_function_gives_pieces_or_places() -> None:
     assert found.data[0].spans == ((10, 13, "annotated"), (22, 26, "annotated"), (45, 55, "job"))
     assert found.without == ("t1",)
     assert [(each.text, each.reason) for each in found.rejected] == [("Bern", "does not occur in the text")]
-    for bad in ([(3, 99)], [(4, 4)], [("a", "b")], [7]):
+    for bad in ([(3, 99)], [(4, 4)], [("a", "b")], [7], "Oslo", None):
         with pytest.raises(LoceditError, match="item 't0': the annotator gave"):
             find_spans(plain(TEXT), lambda _, bad=bad: bad)
 

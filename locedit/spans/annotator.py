@@ -107,7 +107,14 @@ def pieces_of(answer: str) -> list[str]:
 
 def by_function(source: Source, annotate: Annotate) -> Sequence[Proposal]:
     """What a Python function says about each text."""
-    return [by_pieces(item, annotate(text_of(item))) for item in source.data]
+    return [by_pieces(item, _several(item, annotate(text_of(item)))) for item in source.data]
+
+
+def _several(item: Item, pieces: Any) -> Iterable[Any]:
+    """What a function gave, which must hold pieces and places and be none itself."""
+    if isinstance(pieces, str) or not isinstance(pieces, Iterable):
+        raise LoceditError(f"item {item.id!r}: the annotator gave {pieces!r}, wanted a list of pieces or places")
+    return pieces
 
 
 def by_pieces(item: Item, pieces: Iterable[Any]) -> Proposal:

@@ -11,7 +11,7 @@ from locedit.data.files import read_text
 from locedit.errors import LoceditError, nearest
 from locedit.spans.registry import Proposal, Source
 from locedit.spans.texts import Mark, joined, text_of, trimmed
-from locedit.spans.words import words_pattern
+from locedit.spans.words import BEGIN, END, words_pattern
 from locedit.storage import read_json
 
 _MONTH = (
@@ -23,11 +23,11 @@ _STREET = "(?:Street|St|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Square|Way|Court|Place|
 
 PATTERNS: dict[str, str] = {
     "email": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
-    "date": rf"(?<![\w-])(?:\d{{4}}-\d{{2}}-\d{{2}}|\d{{1,2}}[./]\d{{1,2}}[./]\d{{2}}(?:\d{{2}})?"
-    rf"|{_MONTH}\.? {_DAY},? \d{{4}}|{_DAY}\.? {_MONTH}\.?,? \d{{4}})(?!\w)",
-    "phone": r"(?<!\w)(?=(?:[ ().\-/+]*\d){7,15}(?![ ().\-/]*\d))\+?[(\d](?:[ ().\-/]{0,2}\d)+(?!\w)",
-    "address": rf"(?<!\w)\d{{1,5}}[A-Za-z]?(?: [A-Z][\w'’-]*){{1,3}} {_STREET}(?!\w)",
-    "number": r"(?<!\w)\d+(?:[.,]\d+)*(?!\w)",
+    "date": rf"{BEGIN}(?<!-)(?:\d{{4}}-\d{{2}}-\d{{2}}|\d{{1,2}}[./]\d{{1,2}}[./]\d{{2}}(?:\d{{2}})?"
+    rf"|{_MONTH}\.? {_DAY},? \d{{4}}|{_DAY}\.? {_MONTH}\.?,? \d{{4}}){END}",
+    "phone": rf"{BEGIN}(?=(?:[ ().\-/+]*\d){{7,15}}(?![ ().\-/]*\d))\+?[(\d](?:[ ().\-/]{{0,2}}\d)+{END}",
+    "address": rf"{BEGIN}\d{{1,5}}[A-Za-z]?(?: [A-Z][\w'’-]*){{1,3}} {_STREET}{END}",
+    "number": rf"{BEGIN}\d+(?:[.,]\d+)*{END}",
 }
 "by label; phone numbers have 7 to 15 digits with at most two spaces, brackets, points, strokes, hyphens between them"
 

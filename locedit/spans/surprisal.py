@@ -11,6 +11,7 @@ from locedit.errors import LoceditError, nearest
 from locedit.evaluate.scoring import token_scores
 from locedit.models import Model
 from locedit.spans.registry import Proposal, Source
+from locedit.spans.texts import joined
 from locedit.spans.tokens import Located, located, runs
 
 
@@ -85,7 +86,7 @@ def _proposals(
     for item, text, own in zip(source.data, texts, values, strict=True):
         first = text.example.targets[0]
         stretches = [text.characters(first + start, first + end) for start, end in low_runs(own, options)]
-        found.append(Proposal(item=item, marks=tuple((*place, "surprisal") for place in stretches if place)))
+        found.append(Proposal(item=item, marks=joined((*place, "surprisal") for place in stretches if place)))
     return found
 
 

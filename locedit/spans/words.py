@@ -3,11 +3,16 @@
 import re
 from collections.abc import Iterable
 
+WORD = "[^\\W\u0e00-\u109f\u1780-\u17ff\u2e80-\U0010ffff]"
+"a letter, digit or underscore of a script that puts spaces between words: not Thai to Burmese, Khmer, East Asia"
+BEGIN, END = rf"(?<!{WORD})(?<!\d)", rf"(?!\d|{WORD})"
+"where a word may begin and end: also right beside a letter of a script that puts no spaces between words"
+
 
 def words_pattern(values: Iterable[str]) -> re.Pattern[str]:
     """Any of the values as whole words, the longest first; white space around a value is left out.
 
-    At an end of a value whose script puts no spaces between words, any character may follow.
+    Scripts that put no spaces between words have no borders, neither in a value nor in the text beside it.
 
     >>> words_pattern(["Ann", "Ann Lee"]).findall("Anna, Ann Lee and Ann")
     ['Ann Lee', 'Ann']
@@ -29,11 +34,6 @@ def occurrences(text: str, value: str) -> list[tuple[int, int]]:
 
 
 def _bounded(value: str) -> str:
-    before = r"(?<!\w)" if _is_word(value[0]) else ""
-    after = r"(?!\w)" if _is_word(value[-1]) else ""
+    before = BEGIN if re.match(WORD, value[0]) else ""
+    after = END if re.match(WORD, value[-1]) else ""
     return before + re.escape(value) + after
-
-
-def _is_word(character: str) -> bool:
-    """A letter or digit before Thai in the code table: from there on many scripts are written without spaces."""
-    return character.isalnum() and character < "\u0e00"
