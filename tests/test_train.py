@@ -181,6 +181,17 @@ def test_a_loss_that_is_not_finite_is_one_clear_line_and_leaves_the_model_alone(
     assert all(part.training for part in model.module.modules())
 
 
+def test_a_last_step_that_breaks_the_model_is_an_error() -> None:
+    """No further loss would show it, and an edit of which nothing is known cannot be saved."""
+    model = tiny.model("gpt2")
+    options = TrainOptions(steps=1, learning_rate=1e30)
+    for hold in ("weights", "adapter"):
+        with pytest.raises(
+            LoceditError, match=r"the level 'forget' is nan at step 1; try a learning rate below 1e\+30"
+        ):
+            train(model, edits.objective(model, nll), within=edits.neurons_and_heads(model), options=options, hold=hold)
+
+
 def test_same_seed_same_edit_and_other_seed_another() -> None:
     model = tiny.model("gpt2")
     runs = [unlearn(model, edits.task(), "npo", batch_size=1, seed=seed, **QUICK) for seed in (3, 3, 4)]

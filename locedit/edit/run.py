@@ -21,7 +21,7 @@ from locedit.edit.modes import evaluation
 from locedit.edit.objective import Objective
 from locedit.edit.options import TrainOptions
 from locedit.edit.restrict import frozen
-from locedit.edit.stepping import Row, Stepping
+from locedit.edit.stepping import Row, Stepping, require_finite
 from locedit.models import Model
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Run(Stepping):
         if not measured:
             return
         found, rule = self.processes.from_main(self._measure)
+        require_finite(found, name=self.objective.name, what="level", step=row["step"], options=self.options)
         row |= found
         level = row.get("forget")
         if self.options.until is not None and level is not None and level <= self.options.until:

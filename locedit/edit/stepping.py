@@ -87,7 +87,7 @@ class Stepping:
                 terms = self.objective.loss(step)
             total = torch.stack([term.to(self.model.device) for term in terms.values()]).sum()
             values = self._values(terms, weight)
-            _require_finite(values, name=self.objective.name, step=number, options=self.options)
+            require_finite(values, name=self.objective.name, what="loss term", step=number, options=self.options)
             if total.requires_grad:
                 total = total * weight if weight != 1 else total
                 total = total / self.options.accumulate
@@ -155,10 +155,11 @@ def _hold(
     return objective.deltas(model, places, path=options.path)
 
 
-def _require_finite(values: Mapping[str, float], *, name: str, step: int, options: TrainOptions) -> None:
-    for term, value in values.items():
+def require_finite(values: Mapping[str, float], *, name: str, what: str, step: int, options: TrainOptions) -> None:
+    """Raise LoceditError for a loss term or a level that is no finite number."""
+    for key, value in values.items():
         if not math.isfinite(value):
-            raise LoceditError(f"{name}: the loss term {term!r} is {value} at step {step}; {_advice(options)}")
+            raise LoceditError(f"{name}: the {what} {key!r} is {value} at step {step}; {_advice(options)}")
 
 
 def _advice(options: TrainOptions) -> str:
