@@ -261,6 +261,11 @@ def test_options_that_make_no_sense() -> None:
         prepare("npo", task, steps=0)
     with pytest.raises(LoceditError, match="learning_rate=0.0 must be above 0"):
         prepare("npo", task, learning_rate=0.0)
+    for clip in (0.0, -1.0):  # the one would train nothing, the other in the opposite direction
+        with pytest.raises(LoceditError, match=f"clip={clip} must be above 0; none = the gradient as it is"):
+            prepare("npo", task, clip=clip)
+    with pytest.raises(LoceditError, match="alpha=0 must be above 0"):
+        prepare("npo", task, alpha=0)
     with pytest.raises(LoceditError, match="did you mean 'adamw'"):
         prepare("npo", task, optimizer="adam")
     with pytest.raises(LoceditError, match="weight_decay=-1 must not be negative"):

@@ -90,9 +90,11 @@ class TrainOptions:
         for name in ("warmup", "eval_every", "weight_decay"):
             if getattr(self, name) < 0:
                 raise LoceditError(f"{name}={getattr(self, name)!r} must not be negative")
-        for name in ("learning_rate", "retain_share"):
+        for name in ("learning_rate", "retain_share", "alpha"):
             if not getattr(self, name) > 0:
                 raise LoceditError(f"{name}={getattr(self, name)!r} must be above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise LoceditError(f"clip={self.clip!r} must be above 0; none = the gradient as it is")
         self._check_choice()
 
     def _check_choice(self) -> None:
