@@ -11,6 +11,7 @@ import torch
 
 from locedit.data import Dataset, Fact, encode
 from locedit.edit import Edit, scale
+from locedit.errors import LoceditError
 from locedit.evaluate.overforgetting import OverForgetting, is_blank, over_forgetting, repeats, spread
 from locedit.models import Model
 from locedit.unlearn import unlearn
@@ -44,7 +45,9 @@ def test_the_warning_names_what_is_over_the_limit() -> None:
     assert NONE.warning is None
     assert dataclasses.replace(NONE, blank=0.5, repeating=0.5, below=0.5).warning is None
     blank = dataclasses.replace(NONE, blank=0.75).warning
-    assert blank == "over-forgetting: 75% of 16 continuations of forget prompts have become blank"
+    assert blank == (
+        "over-forgetting: 75% of the continuations of forget prompts that were not blank are blank now (16 prompts)"
+    )
     text = dataclasses.replace(NONE, repeating=1.0, below=0.9).warning
     assert text is not None
     assert "repeating" in text
@@ -103,6 +106,16 @@ def test_shares_by_whole_forward_passes(size: str) -> None:
     assert found.floor == pytest.approx(floor, rel=1e-5)
     assert found.below == sum(value < floor for value in own) / len(own)
     assert found.median == pytest.approx(min(own), rel=1e-5)  # torch takes the lower of two
+
+
+def test_a_model_that_says_nothing_finite_is_an_error() -> None:
+    """NaN is below no floor, so its share would be zero."""
+    model = tiny.model("gpt2")
+    task = edits.task(heldout=Dataset(items=(Fact(prompt="Carl is", answer=" born", id="h"),), source="heldout"))
+    edit = scale(model, model.components({"blocks.0.mlp": [0]}), 1e38)
+    with pytest.raises(LoceditError, match="NaN or infinite log-probabilities of the forget data"):
+        over_forgetting(model, task, edit)
+    over_forgetting(model, task, scale(model, model.components({"blocks.0.mlp": [0]}), 0.9))
 
 
 def _loops(ids: Sequence[int]) -> bool:

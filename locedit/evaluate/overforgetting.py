@@ -24,6 +24,7 @@ from locedit.contrasts import are_pairs
 from locedit.data.encode import Example, collate, encode
 from locedit.data.items import Task
 from locedit.edit.edit import Edit
+from locedit.errors import LoceditError
 from locedit.models import Model
 
 PROMPTS = 16
@@ -61,7 +62,10 @@ class OverForgetting:
         signs: list[str] = []
         for share, what in ((self.blank, "blank"), (self.repeating, "repeating")):
             if share is not None and share > LIMIT:
-                signs.append(f"{share:.0%} of {self.prompts} continuations of forget prompts have become {what}")
+                signs.append(
+                    f"{share:.0%} of the continuations of forget prompts that were not {what} are {what} now "
+                    f"({self.prompts} prompts)"
+                )
         if self.below is not None and self.below > LIMIT:
             signs.append(
                 f"{self.below:.0%} of the forget items are less likely than to a model that never knew them (median "
@@ -80,6 +84,7 @@ def over_forgetting(model: Model, task: Task, edit: Edit) -> OverForgetting:
 
     Those of the unedited model are only written where one after the edit is blank or repeats itself. A masked model is
     not continued. Probabilities are compared where the task has held-out data of the same kind, not for contrast pairs.
+    Raises LoceditError where the edited model gives no finite ones.
     """
     forget = encode(model, task.forget)
     prompts = _prompts(model, forget)
@@ -89,6 +94,8 @@ def over_forgetting(model: Model, task: Task, edit: Edit) -> OverForgetting:
     with edit.applied(model) as edited:
         after = _continuations(edited, prompts)
         own = _per_token(edited, forget) if never else torch.zeros(0)
+    if not bool(own.isfinite().all()):
+        raise LoceditError("the edited model gives NaN or infinite log-probabilities of the forget data: edit it less")
     suspect = any(is_blank(text) or repeats(ids) for ids, text in after)
     before = _continuations(model, prompts) if suspect else after
     blank = [is_blank(text) for (_, text), (_, old) in zip(after, before, strict=True) if not is_blank(old)]
