@@ -54,6 +54,27 @@ def test_span_and_rest_share_no_token_and_make_up_the_text(architecture: str) ->
     assert all(item.spans[0][2] == "rest" for item in rest(data, model) if isinstance(item, PrivateText))
 
 
+def test_a_first_character_of_several_tokens_is_in_neither() -> None:
+    """Nothing predicts its first token, and its other tokens stand for the same character."""
+    model = tiny.model("gpt2")
+    text = "日本 was born in Oslo"
+    assert [place[1] for place in model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]][:4] == [
+        1,
+        1,
+        1,
+        2,
+    ]
+    found = find_spans(dataset(PlainText(text=text, id="t")), lambda _: [(0, 2), "Oslo"], model=model)
+    assert [(each.text, each.label) for each in found.rejected] == [("日", "annotated")]
+    (span,), (other,) = encode(model, found.data), encode(model, rest(found.data, model))
+    assert sorted({*span.targets, *other.targets}) == list(range(3, len(span.ids)))
+    assert not set(span.targets) & set(other.targets)
+    whole = find_spans(
+        dataset(PlainText(text=text, id="t")), "surprisal", scorer=model, threshold="quantile", quantile=0.99
+    )
+    assert min(encode(model, whole.data)[0].targets) == 3
+
+
 def test_other_data_to_retain_go_beside_the_rest() -> None:
     model = tiny.model("llama")
     data = private()

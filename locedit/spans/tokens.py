@@ -19,16 +19,28 @@ class Located:
     "every token that the model can predict is scored"
     tokens: TokenizedText
 
+    @property
+    def first(self) -> int:
+        """The first token that can be predicted and is no part of a character that begins in one that cannot."""
+        at = self.example.targets[0]
+        while 0 < at < len(self.tokens.ids) and self.tokens.starts[at] < self.tokens.ends[at - 1]:
+            at += 1
+        return at
+
     def characters(self, first: int, end: int) -> tuple[int, int] | None:
-        """The characters of the tokens first, ..., end - 1 without white space around; None where it is only that."""
-        return trimmed(self.text, self.tokens.starts[first], self.tokens.ends[end - 1])
+        """The characters of the tokens first, ..., end - 1, from `self.first` on, without white space around.
+
+        None where there is nothing else.
+        """
+        first = max(first, self.first)
+        return trimmed(self.text, self.tokens.starts[first], self.tokens.ends[end - 1]) if first < end else None
 
     def positions(self, start: int, end: int) -> tuple[int, int] | None:
-        """The tokens (first, end) that share a character with the stretch and can be predicted."""
+        """The tokens (first, end) from `self.first` on that share a character with the stretch."""
         found = self.tokens.overlapping(start, end)
         if found is None:
             return None
-        first = max(found[0], self.example.targets[0])
+        first = max(found[0], self.first)
         return (first, found[1]) if first < found[1] else None
 
 
