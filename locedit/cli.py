@@ -244,7 +244,12 @@ def _edit(commands: Commands) -> None:  # type: ignore[type-arg]
     parser = _command(commands, "edit", "change the model inside a component set", METHOD_OPTIONS)
     _model_and_data(parser)
     parser.add_argument("--within", metavar="FILE", help="components.json; without it the whole model may change")
-    parser.add_argument("--method", default="npo", metavar="NAME", help="see `locedit methods` (default npo)")
+    parser.add_argument(
+        "--method",
+        default="npo",
+        metavar="NAME",
+        help="see `locedit methods` (default npo); npo+0.5*ga trains several at once",
+    )
     parser.add_argument(
         "--hold", help="how the change is held: weights, adapter or hooks (default: the first that the method knows)"
     )
@@ -261,7 +266,14 @@ def _edit(commands: Commands) -> None:  # type: ignore[type-arg]
 
 
 def _evaluate(commands: Commands) -> None:  # type: ignore[type-arg]
-    parser = _command(commands, "evaluate", "measure a model, before and after an edit, and attack it")
+    parser = _command(
+        commands,
+        "evaluate",
+        "measure a model, before and after an edit, and attack it",
+        "Options of the metrics and the attacks are given the same way: --extraction-n 5 (n of extraction_likelihood), "
+        "--extraction-length, --s-el-n, --exposure-samples, --batch-size, --draws; `locedit metrics` lists them, "
+        "`locedit methods relearn` those of the attack, which has a name that both have.",
+    )
     _model_and_data(parser)
     parser.add_argument("--edit", metavar="FOLDER", help="an edit folder; without it the model is measured as it is")
     parser.add_argument("--metrics", metavar="NAME,...", help="only these, see `locedit metrics`")

@@ -80,6 +80,11 @@ def metrics_command(args: argparse.Namespace) -> None:
         raise LoceditError(f"unknown metric {args.name!r}; {nearest(args.name, METRICS)}")
     chosen = {args.name: METRICS[args.name]} if args.name else METRICS
     table(("name", "on", "range", "definition"), [metric_row(name, metric) for name, metric in chosen.items()])
+    if not args.name:
+        from locedit.evaluate.values import EvaluateOptions
+
+        sys.stdout.write("\nOptions, as in locedit evaluate --extraction-n 5\n")
+        table(("option", "type", "default", "meaning"), [o for o in describe(EvaluateOptions) if o[0] != "metrics"])
 
 
 def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:

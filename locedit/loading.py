@@ -179,6 +179,8 @@ def tokenizer_from(given: Any, *, beside: str | None) -> PreTrainedTokenizerBase
             raise LoceditError(
                 f"no fast tokenizer in {source!r}: it needs a tokenizer.json, or give tokenizer= another folder"
             ) from error
+        if not set(found.get_vocab()) - set(found.all_special_tokens):
+            raise LoceditError(f"no tokenizer in {source!r}: it needs a tokenizer.json, or give --tokenizer FOLDER")
     if not found.is_fast:
         raise LoceditError(
             f"the tokenizer of {beside or type(found).__name__!r} is not a fast one (no tokenizer.json), so it cannot "

@@ -77,6 +77,17 @@ def refuse_overwrite(path: str | Path, *, force: bool = False) -> None:
     raise LoceditError(f"{target} exists already; give --force to replace it, or another --out")
 
 
+def require_folder(path: str | Path) -> None:
+    """Raise LoceditError when `path` is not, and cannot become, a folder that can be written to."""
+    if not str(path):
+        raise LoceditError("--out '' names no folder")
+    there = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise LoceditError(f"{there} is a file; --out {str(path)!r} needs a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise LoceditError(f"{there}: cannot be written; give another --out")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_file(path) as temporary:

@@ -431,6 +431,54 @@ def test_pairs_go_through_the_command_line(folder: Path, tmp_path: Path) -> None
         assert records[0]["provenance"]["data"] == records[1]["provenance"]["data"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "{model}", "{task}", "--metrics", "probabilty", "--out", "{out}"], "did you mean 'probability'"),
+        (["evaluate", "{model}", "{task}", "--attacks", "relearn", "--out", "{out}"], "--edit FOLDER"),
+        (["evaluate", "{model}", "{task}", "--edit", "{task}", "--out", "{out}"], "edit.json: no such file"),
+        (["evaluate", "{model}", "{task}", "--extraction-m", "3", "--out", "{out}"], "did you mean 'extraction_n'"),
+        (["evaluate", "{model}", "{task}", "--extraction-n", "0", "--out", "{out}"], "extraction_n=0"),
+        (["evaluate", "{model}", "{task}/none.jsonl", "--out", "{out}"], "no such file"),
+        (["localize", "{model}", "{task}/none.jsonl", "--out", "{out}"], "no such file"),
+        (["check", "{model}", "{task}/none.jsonl"], "no such file"),
+        (["edit", "{model}", "{task}", "--out", "{task}/forget.jsonl"], "forget.jsonl is a file"),
+        (["edit", "{model}", "{task}", "--out", ""], "names no folder"),
+        (["edit", "{model}", "{task}", "--requests", "owners", "--out", "{out}"], "did you mean 'owner'"),
+        (["edit", "{model}", "{task}", "--requests", ",", "--out", "{out}"], "neither a file nor a field"),
+        (["edit", "{model}", "{task}", "--method", "dpo", "--out", "{out}"], "--preferred new_answer"),
+    ],
+)
+def test_said_before_the_model_is_loaded(
+    words: list[str],
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("locedit.commands.inputs.load", load)
+    places = {"model": folder / "model", "task": folder / "task", "out": tmp_path / "out"}
+    assert said in failed(capsys, *(word.format(**places) for word in words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_without_a_tokenizer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.module("gpt2").save_pretrained(tmp_path / "model")
+    assert "no tokenizer in" in failed(capsys, "check", tmp_path / "model", folder / "task")
+
+
+def test_options_of_metrics(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "Anna Berg works as a baker."}])
+    words = ("evaluate", folder / "model", texts, "--metrics", "extraction_likelihood")
+    assert "choose a smaller n" in failed(capsys, *words, "--extraction-n", 50, "--out", tmp_path / "a")
+    assert run(*words, "--extraction-n", 2, "--batch-size", 3, "--out", tmp_path / "a") == 0
+    assert "extraction_n was 2, is 3" in failed(capsys, *words, "--extraction-n", 3, "--out", tmp_path / "a")
+
+
 def test_debug_shows_the_traceback(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none.jsonl"):
         run("localize", folder / "model", "none.jsonl", "--debug", "--out", tmp_path / "o")

@@ -48,6 +48,8 @@ class RelearnOptions:
         for name in ("steps", "look_every", "batch_size", "lora_rank", "draws", "shallow_steps"):
             if getattr(self, name) < 1:
                 raise LoceditError(f"relearn: {name}={getattr(self, name)!r} must be at least 1")
+        if self.splits < 2 or self.splits % 2:
+            raise LoceditError(f"relearn: splits={self.splits!r} must be an even number: splits come in mirrored pairs")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise LoceditError(f"relearn: learning_rates={self.learning_rates!r} must be one or more positive numbers")
 

@@ -9,6 +9,7 @@ from locedit.data import Task, read_task
 from locedit.errors import LoceditError
 from locedit.models import Model, load
 from locedit.runs import Run
+from locedit.storage import require_folder
 from locedit.terminal import note
 
 
@@ -47,9 +48,10 @@ def about(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 
 
 def start(args: argparse.Namespace) -> tuple[Run, Model, Task]:
-    run_folder = Run(folder=Path(args.out), force=args.force)
-    model, task = read_model(args), read_data(args)
-    return run_folder, model, task
+    """The run folder, the model and the data; what is wrong with the folder or the data is said before loading."""
+    require_folder(args.out)
+    task = read_data(args)
+    return Run(folder=Path(args.out), force=args.force), read_model(args), task
 
 
 def key(model: Model, task: Task, **more: Any) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def check_command(args: argparse.Namespace) -> None:
     """What the model knows of the data and what can be done with it."""
     from locedit.check import check
 
-    for line in check(read_model(args), read_data(args)):
+    task = read_data(args)
+    model = read_model(args)
+    for line in check(model, task):
         sys.stdout.write(line + "\n")
 
 

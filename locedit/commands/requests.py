@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import Any
 
 from locedit.commands.inputs import about, key, read_data, reused, start
 from locedit.components import ComponentSet
 from locedit.data import Task, read_task
-from locedit.errors import LoceditError
+from locedit.errors import LoceditError, nearest
 from locedit.registries import method_options
 from locedit.storage import write_json
 from locedit.terminal import note, table
@@ -57,13 +58,16 @@ def _tasks(task: Task, args: argparse.Namespace) -> dict[str, Task]:
     if args.requests in FIELDS:
         return requests_by(task, args.requests)
     found = {task.name: task}
-    for name in args.requests.split(","):
-        other = read_task(name.strip(), args.fields)
+    for name in map(str.strip, args.requests.split(",")):
+        if not name or not Path(name).exists():
+            hint = nearest(name, FIELDS)
+            raise LoceditError(f"--requests {args.requests!r}: {name!r} is neither a file nor a field; {hint}")
+        other = read_task(name, args.fields)
         if args.chat != "off":
             other = other.with_chat(args.chat)
         if name in found:
             raise LoceditError(f"--requests: {name} is there twice")
-        found[name.strip()] = dataclasses.replace(task, forget=other.forget)
+        found[name] = dataclasses.replace(task, forget=other.forget)
     return found
 
 

@@ -16,6 +16,7 @@ from locedit import losses
 from locedit.data.encode import Batch
 from locedit.data.items import Fact, Task
 from locedit.edit.objective import Matched, Step
+from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.unlearn import answers
 from locedit.unlearn.registry import ForgetOptions, above_zero, one_of, retain_terms
@@ -83,6 +84,11 @@ def _preferred(task: Task, options: DpoOptions) -> dict[str, tuple[str, ...]]:
         return answers.alternatives(task, by="dpo")
     if options.preferred == "new_answer":
         return {name: (text.strip(),) for name, text in answers.new_answers(task, by="dpo").items()}
+    if task.refusals is None:
+        raise LoceditError(
+            f"dpo needs 'refusals' data, the task {task.name!r} has none: add refusals.jsonl to its folder, or "
+            "give --preferred new_answer or alternatives"
+        )
     texts = answers.texts_of(task, "refusals", by="dpo")
     answers.require_others(task, texts, source=task.require("refusals", by="dpo").source, by="dpo")
     return {fact.id: texts for fact in task.forget.of(Fact, by="dpo")}
