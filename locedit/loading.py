@@ -118,28 +118,32 @@ def _refuse_incomplete(source: str, kind: str, info: dict[str, Any]) -> None:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Keep transformers' tables and bars off the screen while a checkpoint is read or written."""
+    """Keep transformers' tables and bars, and the hub's retries, off the screen while a checkpoint is read or written."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
 
 
 def _config(source: str) -> PretrainedConfig:
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         if Path(source).is_dir():
             raise LoceditError(f"cannot read {source}/config.json: {_first_line(error)}") from error
         raise LoceditError(
-            f"cannot reach {source!r} on the Hugging Face hub, and no such folder exists: {_first_line(error)}"
+            f"model {source!r}: there is no such folder, and no answer from the Hugging Face hub: {_first_line(error)}"
         ) from error
 
 
@@ -174,7 +178,8 @@ def tokenizer_from(given: Any, *, beside: str | None) -> PreTrainedTokenizerBase
         if source is None:
             raise LoceditError("a built module needs its tokenizer: load(module, tokenizer=...)")
         try:
-            found = transformers.AutoTokenizer.from_pretrained(source)
+            with quiet():
+                found = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise LoceditError(
                 f"no fast tokenizer in {source!r}: it needs a tokenizer.json, or give tokenizer= another folder"

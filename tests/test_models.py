@@ -305,10 +305,30 @@ def test_what_looks_like_a_path_is_not_sent_to_the_hub(path: str | Path, monkeyp
         load(path)
 
 
-def test_a_hub_id_that_cannot_be_reached_is_one_line() -> None:
-    with pytest.raises(LoceditError, match="cannot reach 'nobody/nothing' on the Hugging Face hub") as caught:
-        load("nobody/nothing")
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
+def test_a_hub_id_that_cannot_be_reached_is_one_line(name: str) -> None:
+    said = f"model '{name}': there is no such folder, and no answer from the Hugging Face hub: "
+    with pytest.raises(LoceditError, match=said) as caught:
+        load(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
+def test_retries_of_the_hub_are_not_shown(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client warned of each of its tries, twelve lines for a mistyped folder without a network."""
+    hub, shown = logging.getLogger("huggingface_hub.utils._http"), list[bool]()
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        shown.append(hub.isEnabledFor(logging.WARNING))
+        raise OSError("We couldn't connect to the hub\nCheck your internet connection")
+
+    folder = saved(tmp_path)
+    monkeypatch.setattr(f"transformers.{kind}.from_pretrained", unreachable)
+    before = hub.isEnabledFor(logging.WARNING)
+    with pytest.raises(LoceditError):
+        load("nothing" if kind == "AutoConfig" else folder, tokenizer="nothing", device="cpu")
+    assert shown == [False]
+    assert hub.isEnabledFor(logging.WARNING) == before
 
 
 def test_modules_that_are_no_language_models_are_refused(tmp_path: Path) -> None:
