@@ -161,3 +161,20 @@ def test_a_study_is_saved_and_shown_whole(tmp_path: Path) -> None:
     assert "<b>no</b> memory" not in page
     assert "<table" in study._repr_html_()
     assert study.plot().layout.height > 300
+
+
+def test_markdown_has_the_cells_of_the_table() -> None:
+    """Every line of a table has as many cells as its head, also where a note has a bar in it."""
+    note = "a | b"
+    study = a_study(records=(record("npo", "neurons", 0, retain=0.5, note=note), *a_study().records[3:]))
+    text = study.markdown()
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3  # reached, not reached, failed
+    for head, rule, *rows in tables:
+        count = head.count("|")
+        assert rows
+        assert all(line.replace("\\|", "").count("|") == count for line in (rule, *rows))
+    row = next(line for line in tables[0][2:] if line.startswith("| npo | neurons |"))
+    assert "| 0.50 |" in row
+    assert "a \\| b" in row
+    assert str(study_words.verdict(study).sentences[0]) in text

@@ -22,20 +22,13 @@ TRADEOFF = (
 def page(study: Study) -> str:
     """The whole page; it carries plotly.js."""
     view = RunView(name=study.name, anchor="study", verdict=study_words.verdict(study), sections=_sections(study))
-    return render([view], title=study.name, subtitle=_subtitle(study))
+    return render([view], title=study.name, subtitle=study_words.subtitle(study))
 
 
 def fragment(study: Study) -> str:
     """The table for a notebook."""
     module = environment().get_template("parts.html").module
-    views = [study_table.reached(study), study_table.not_reached(study), study_table.unfinished(study)]
-    return "".join(str(module.table(view)) for view in views if view is not None)  # type: ignore[attr-defined]
-
-
-def _subtitle(study: Study) -> str:
-    config = study.config
-    seeds = ", ".join(map(str, study.seeds))
-    return f"Model: {config['model']}; data: {config['data']}; seeds {seeds}; {len(study.records)} edits"
+    return "".join(str(module.table(view)) for view in study_table.views(study))  # type: ignore[attr-defined]
 
 
 def _sections(study: Study) -> list[Section]:

@@ -145,14 +145,22 @@ def text(study: Study) -> str:
     """The tables as plain text."""
     made = io.StringIO()
     with redirect_stdout(made):
-        for view in (reached(study), not_reached(study), unfinished(study)):
-            if view is not None:
-                made.write(f"{view.title}\n")
-                kept = [i for i in range(len(view.columns)) if any(row[i].text for row in view.rows)]
-                shown = [[row[i].text for i in kept] for row in view.rows]
-                table([view.columns[i].name for i in kept], shown)
-                made.write("\n")
+        for view in views(study):
+            made.write(f"{view.title}\n")
+            table(*filled(view))
+            made.write("\n")
     return made.getvalue()
+
+
+def views(study: Study) -> list[TableView]:
+    """The tables that have rows."""
+    return [view for view in (reached(study), not_reached(study), unfinished(study)) if view is not None]
+
+
+def filled(view: TableView) -> tuple[list[str], list[list[str]]]:
+    """Names and cells of the columns in which anything stands."""
+    kept = [i for i in range(len(view.columns)) if any(row[i].text for row in view.rows)]
+    return [view.columns[i].name for i in kept], [[row[i].text for i in kept] for row in view.rows]
 
 
 def _attacked(key: str, study: Study) -> bool:

@@ -33,6 +33,13 @@ class Difference(NamedTuple):
         return 1 if self.value.low > 0 else -1 if self.value.high < 0 else 0
 
 
+def subtitle(study: Study) -> str:
+    """What was run on what."""
+    config = study.config
+    seeds = ", ".join(map(str, study.seeds))
+    return f"Model: {config['model']}; data: {config['data']}; seeds {seeds}; {len(study.records)} edits"
+
+
 def verdict(study: Study) -> Verdict:
     """What the study shows, counted over its methods."""
     lines = [*_comparisons(study), *_controls(study), *_missing(study)]

@@ -42,7 +42,7 @@ def study(
 
 
 def run_plan(plan: Plan, out: Path, *, jobs: int, say: Callable[[str], None] | None = None) -> Study:
-    """Run what is not there yet, and write study.json, table.csv and report.html into the folder."""
+    """Run what is not there yet, and write study.json, table.csv, table.md and report.html into the folder."""
     from locedit.study.running import models, run
 
     if jobs < 1:

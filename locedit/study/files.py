@@ -1,8 +1,8 @@
 """The files of a study, each in a folder that is named by all that its content is made from.
 
-OUT/study.json, table.csv, report.html   what all cells came to, made anew at the end of each run
-OUT/localize/KEY/                        scores, shared by cells
-OUT/baseline/KEY/evaluation.json         the measures before any edit
+OUT/study.json, table.csv, table.md, report.html   what all cells came to, made anew at the end of each run
+OUT/localize/KEY/                                  scores, shared by cells
+OUT/baseline/KEY/evaluation.json                   the measures before any edit
 OUT/cells/KEY/
     cell.json            what the cell is, and all that its key is made of
     edit.json            the level that was reached, the dose, the curve

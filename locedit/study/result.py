@@ -21,7 +21,8 @@ FORMAT = "locedit.study/1"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What a study found. `str` gives the table, `.plot()` a figure, `.html()` the page, `.csv()` every number."""
+    """What a study found. `str` gives the table, `.plot()` a figure, `.html()` the page, `.markdown()` the verdict and
+    tables to be kept beside code, `.csv()` every number."""
 
     name: str
     config: Mapping[str, Any]
@@ -106,9 +107,10 @@ class Study:
         return made.getvalue()
 
     def write(self, folder: Path) -> None:
-        """study.json, table.csv and report.html."""
+        """study.json, table.csv, table.md and report.html."""
         self.save(folder / "study.json")
         write_text(folder / "table.csv", self.csv())
+        write_text(folder / "table.md", self.markdown())
         write_text(folder / "report.html", self.html())
 
     def __str__(self) -> str:
@@ -121,6 +123,12 @@ class Study:
         from locedit.report.study_figures import dots
 
         return dots(self)
+
+    def markdown(self) -> str:
+        """The verdict and the tables, as GitHub reads them."""
+        from locedit.report.study_markdown import page
+
+        return page(self)
 
     def html(self) -> str:
         """The page: verdict, figures, tables."""

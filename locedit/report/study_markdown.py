@@ -1,0 +1,27 @@
+"""A study as Markdown, to be kept beside code: the verdict and the tables."""
+
+from collections.abc import Sequence
+
+from locedit.report import study_table, study_words
+from locedit.report.tables import TableView
+from locedit.study.result import Study
+
+
+def page(study: Study) -> str:
+    """The verdict and the tables, as GitHub reads them."""
+    said = "\n".join(f"- {sentence}" for sentence in study_words.verdict(study).sentences)
+    parts = [f"# {study.name}", study_words.subtitle(study), said]
+    for view in study_table.views(study):
+        parts += [f"## {view.title}", view.caption, _table(view)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(view: TableView) -> str:
+    names, rows = study_table.filled(view)
+    numeric = {column.name for column in view.columns if column.numeric}
+    rule = ["--:" if name in numeric else "---" for name in names]
+    return "\n".join(map(_line, (names, rule, *rows)))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
