@@ -83,6 +83,13 @@ def _choices() -> str:
     return ", ".join(SUPPORTED)
 
 
+def check(source: str, *, tokenizer: str | None = None) -> None:
+    """Raise LoceditError where no model can be loaded from `source`; reads its config.json and its tokenizer only."""
+    there = str(locate(source) or source)
+    _class_name(_config(there))
+    tokenizer_from(tokenizer, beside=there)
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +125,7 @@ def _refuse_incomplete(source: str, kind: str, info: dict[str, Any]) -> None:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Keep transformers' tables and bars, and the hub's retries, off the screen while a checkpoint is read or written."""
+    """Keep transformers' tables and bars and the hub's retries off the screen while a checkpoint is read or written."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 

@@ -1,9 +1,9 @@
 """What can be wrong with a study and be said before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
+from locedit import loading
 from locedit.components import ComponentSet, Site
 from locedit.data.items import Task
 from locedit.errors import LoceditError, nearest
@@ -118,10 +118,24 @@ def check_localizers(config: Config, cells: Sequence[Cell], data: dict[int, Stud
             raise LoceditError(f"{where}: {error}") from None
     for table in config.sets:
         for seed in {cell.seed for cell in cells if table.label in labels}:
-            if not Path(with_seed(table.components, seed)).exists():
-                raise LoceditError(
-                    f"{config.source} [[sets]] {table.label!r}: {with_seed(table.components, seed)}: no such file"
-                )
+            _check_set(with_seed(table.components, seed), f"{config.source} [[sets]] {table.label!r}")
+
+
+def _check_set(file: str, where: str) -> None:
+    try:
+        if not len(ComponentSet.load(file)):
+            raise LoceditError(f"{file}: the component set is empty: there is nothing to change")
+    except LoceditError as error:
+        raise LoceditError(f"{where}: {error}") from None
+
+
+def check_models(config: Config, seeds: Iterable[int]) -> None:
+    """The model of every seed is there, of a known architecture and with a tokenizer; no weights are read."""
+    for source in dict.fromkeys(with_seed(config.keys.model, seed) for seed in seeds):
+        try:
+            loading.check(source, tokenizer=config.keys.tokenizer)
+        except LoceditError as error:
+            raise LoceditError(f"{config.source}: {error}") from None
 
 
 def _check_like(config: Config, label: str, like: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from locedit.errors import LoceditError
-from locedit.study.checks import check_cell, check_localizers, check_measuring, check_names
+from locedit.study.checks import check_cell, check_localizers, check_measuring, check_models, check_names
 from locedit.study.config import Config
 from locedit.study.data import StudyData, read_data
 from locedit.study.grid import Cell, cells_of, controls_of
@@ -35,5 +35,6 @@ def make_plan(config: Config) -> Plan:
     check_localizers(config, cells, data)
     for found in data.values():
         check_measuring(config, found.measured)
+    check_models(config, data)
     cells += controls_of(config, cells)
     return Plan(config=config, cells=tuple(sorted(cells, key=lambda cell: cell.seed)), data=data)
