@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -15,7 +16,10 @@ Options = TypeVar("Options")
 
 
 def fill(cls: type[Options], given: Mapping[str, Any], *, method: str) -> Options:
-    """The options dataclass with the given values; unknown names and values of the wrong type raise LoceditError."""
+    """The options dataclass with the given values.
+
+    Unknown names, values of the wrong type and numbers that are not finite raise LoceditError.
+    """
     known = kinds(cls)
     for name, value in given.items():
         if name not in known:
@@ -32,6 +36,7 @@ def parse(cls: type[Any], words: Mapping[str, str], *, method: str) -> dict[str,
         if name not in known:
             raise LoceditError(f"{method} has no option {name!r}; {nearest(name, known)}")
         values[name] = _read(method, name, text, known[name])
+        _check(method, name, values[name], known[name])
     return values
 
 
@@ -115,6 +120,9 @@ def _check(method: str, name: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
         hint = f"; {nearest(value, _words(kind))}" if isinstance(value, str) and _words(kind) else ""
         raise LoceditError(f"{method}: {name}={value!r} is not {in_words(kind)}{hint}")
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise LoceditError(f"{method}: {name}={value!r}: {number!r} is not a finite number")
 
 
 def _words(kind: Any) -> list[str]:

@@ -52,6 +52,16 @@ def test_fill_checks_names_and_types() -> None:
             fill(Some, wrong, method="m")
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_are_not_finite(number: float) -> None:
+    """TOML has words for them, JSON has none: a study with one once ended in the writing of its first file."""
+    for wrong in ({"lr": number}, {"grid": (1.0, number)}):
+        with pytest.raises(LoceditError, match=rf"m: {next(iter(wrong))}=.*: {number!r} is not a finite number"):
+            fill(Some, wrong, method="m")
+    with pytest.raises(LoceditError, match="m: lr=inf: inf is not a finite number"):
+        parse(Some, {"lr": "1e999"}, method="m")
+
+
 def test_describe_lists_defaults() -> None:
     assert ("rule", "'left' or 'right'", "'left'", "where the points lie") in describe(Some)
     assert ("steps", "int or None", "None", "") in describe(Some)

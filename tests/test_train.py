@@ -270,6 +270,16 @@ def test_options_that_make_no_sense() -> None:
         prepare("npo", task, optimizer="adam")
     with pytest.raises(LoceditError, match="weight_decay=-1 must not be negative"):
         prepare("npo", task, weight_decay=-1)
+    for name, value in (("until", 2), ("until", -0.1), ("forget_at", 1.5)):  # 2 would count as reached before training
+        with pytest.raises(LoceditError, match=f"{name}={value} is a level, from 0 to 1"):
+            prepare("npo", task, **{name: value})
+    with pytest.raises(LoceditError, match="retain_share=90 must be at most 1"):
+        prepare("npo", task, choose="forget", retain_share=90)
+    with pytest.raises(LoceditError, match="warmup=5 must be at most steps=4"):
+        prepare("npo", task, steps=4, warmup=5)
+    for name in ("learning_rate", "weight_decay", "until"):
+        with pytest.raises(LoceditError, match=f"npo: {name}=nan: nan is not a finite number"):
+            prepare("npo", task, **{name: float("nan")})
     with pytest.raises(LoceditError, match="hold='lora'; choices: weights, adapter"):
         train(model, goal(model), hold="lora")
     with pytest.raises(LoceditError, match="there is nothing to train on"):

@@ -38,7 +38,7 @@ class TrainOptions:
     schedule: Schedule = "constant"
     "of the learning rate: constant, or down to 0 at the last step"
     warmup: int = 0
-    "steps over which the learning rate rises linearly"
+    "steps over which the learning rate rises linearly, at most `steps`"
     until: float | None = None
     """stop once the mean answer probability on the forget data is at or below this; of contrast pairs, the mean
     preference for the advantaged side"""
@@ -52,7 +52,7 @@ class TrainOptions:
     forget_at: float | None = None
     "forget level of choose='level' and 'retain', in the unit of `until`; training goes on below it"
     retain_share: float = 0.9
-    "for choose='forget': the least retain level, as a share of that before training"
+    "for choose='forget': the least retain level, as a share of that before training, at most 1"
     eval_every: int = 10
     "steps between two measurements of the levels; 0 = only before and after"
     level: Level = "probability"
@@ -95,6 +95,13 @@ class TrainOptions:
                 raise LoceditError(f"{name}={getattr(self, name)!r} must be above 0")
         if self.clip is not None and not self.clip > 0:
             raise LoceditError(f"clip={self.clip!r} must be above 0; none = the gradient as it is")
+        if self.warmup > self.steps:
+            raise LoceditError(f"warmup={self.warmup!r} must be at most steps={self.steps!r}")
+        if self.retain_share > 1:
+            raise LoceditError(f"retain_share={self.retain_share!r} must be at most 1, the level before training")
+        for name in ("until", "forget_at"):
+            if (level := getattr(self, name)) is not None and not 0 <= level <= 1:
+                raise LoceditError(f"{name}={level!r} is a level, from 0 to 1")
         self._check_choice()
 
     def _check_choice(self) -> None:

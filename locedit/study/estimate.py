@@ -76,7 +76,7 @@ def _step(bench: Any, cell: Cell) -> tuple[float, float]:
     from locedit.unlearn import unlearn
 
     def train(steps: int) -> float:
-        changed: dict[str, Any] = {"until": None, "steps": steps, "eval_every": 0, "match": "step"}
+        changed: dict[str, Any] = {"until": None, "steps": steps, "warmup": 0, "eval_every": 0, "match": "step"}
         options: dict[str, Any] = cell.options | changed
         return seconds_of(lambda: unlearn(bench.model, bench.data.seen, cell.name, check=False, **options))
 
