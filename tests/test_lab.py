@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from locedit.cli import main
 from locedit.data.encode import batches, encode
 from locedit.errors import LoceditError
 from locedit.evaluate.association import associations
@@ -260,6 +261,26 @@ def test_write_lab_copies_ordinary_files_and_never_overwrites(tiny_lab: Lab, tmp
     assert made.model.fingerprint == tiny_lab.model.fingerprint
     with pytest.raises(LoceditError, match="exists already"):
         write_lab(tmp_path / "lab", size="tiny", cache=tiny_lab.folder.parent)
+
+
+def test_a_folder_that_cannot_be_used_is_said_before_training(
+    tiny_lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lab of another seed there, or a file, and the same lab, which is left as it is."""
+    out = tmp_path / "lab"
+    write_lab(out, size="tiny", cache=tiny_lab.folder.parent)
+    monkeypatch.setenv("LOCEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("locedit.lab.making.train", lambda *_, **__: pytest.fail("a lab was trained"))
+    words = ["lab", "--size", "tiny", "--out", str(out)]
+    assert main([*words, "--seed", "5"]) == 2
+    assert f"{out} exists already; give --force" in capsys.readouterr().err
+    assert main(["lab", "--size", "tiny", "--out", str(out / "lab.json"), "--force"]) == 2
+    assert "lab.json is a file" in capsys.readouterr().err
+    assert main(["lab", "factz", *words[1:]]) == 2
+    assert "unknown world 'factz'" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "made with the same settings" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:

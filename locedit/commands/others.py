@@ -7,19 +7,22 @@ from typing import Any
 
 from locedit.commands.inputs import read_data, read_model, reused
 from locedit.errors import LoceditError
-from locedit.storage import read_json, refuse_overwrite
+from locedit.storage import read_json, require_folder
 from locedit.terminal import note
 
 
 def lab_command(args: argparse.Namespace) -> None:
-    """A world and its model, as files."""
-    from locedit.lab import lab, write_lab
+    """A world and its model, as files; what can be wrong is said before anything is trained."""
+    from locedit.lab import write_lab
+    from locedit.lab.making import check_world
+    from locedit.lab.recipe import recipe_for
 
     options: dict[str, Any] = {"arch": args.arch, "size": args.size, "seed": args.seed}
-    there = Path(args.out) / "lab.json"
-    if there.exists() and not args.force and read_json(there).get("key") == lab(args.world, **options).report["key"]:
+    check_world(args.world)
+    require_folder(args.out)
+    key, there = recipe_for(**options).key, Path(args.out) / "lab.json"
+    if there.exists() and not args.force and read_json(there).get("key") == key:
         return reused(args.out)
-    refuse_overwrite(args.out, force=args.force)
     made = write_lab(args.out, world=args.world, force=args.force, **options)
     note(f"{args.out}: model/ and the tasks facts/, private/ and bias/")
     known = ", ".join(f"{name} {share:.3f}" for name, share in made.report["facts"]["forget"].items())

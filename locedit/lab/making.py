@@ -86,13 +86,18 @@ def lab(
         cache: the folder to keep labs in; by default the user's cache folder for locedit.
         progress: called with ("training the lab model", steps done, all steps).
     """
-    if world not in WORLDS:
-        raise LoceditError(f"world: unknown world {world!r}; {nearest(world, WORLDS)}")
+    check_world(world)
     recipe = recipe_for(arch, size=size, seed=seed)
     folder = (Path(cache) if cache is not None else cache_folder()) / recipe.folder_name
     if not (folder / "lab.json").is_file():
         _make(recipe, folder, progress or count)
     return Lab(name=world, folder=folder)
+
+
+def check_world(world: str) -> None:
+    """Raise LoceditError for a world that is none of WORLDS."""
+    if world not in WORLDS:
+        raise LoceditError(f"world: unknown world {world!r}; {nearest(world, WORLDS)}")
 
 
 def write_lab(
