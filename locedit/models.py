@@ -153,8 +153,16 @@ class Model:
         return self.components({name: range(site.count) for name, site in self.sites(unit).items()})
 
     def bind(self, components: ComponentSet) -> ComponentSet:
-        """The same choice with this model's slices, for a set written by hand or found before the model was changed."""
+        """The same choice with this model's slices, for a set written by hand or found before the model was changed.
+
+        Raises LoceditError where a site does not exist or has another number of components than the set says.
+        """
         universe = self._universe(components.sites)
+        for name, count in components.universe.items():
+            if count != universe[name].count:
+                raise LoceditError(
+                    f"the set says that {name} has {count} components; in {self.name} it has {universe[name].count}"
+                )
         return ComponentSet.of(
             {name: universe[name] for name in components.sites},
             components.chosen,

@@ -215,6 +215,31 @@ def test_an_edit_is_of_one_model(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "edited").exists()
 
 
+def test_a_set_of_another_model_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A set found before an edit may be used after it, and looks like any other whose sites are the same."""
+    tiny.module("llama", seed=7).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    own, out, data = folder / "model", tmp_path / "a", folder / "task"
+    assert run("localize", own, data, "--method", "magnitude", "--top", 3, "--out", out) == 0
+    words = ("--within", out / "components.json", "--method", "ga", "--steps", 1, "--out")
+    for count, (model, more) in enumerate(((own, ()), (tmp_path / "other", ()), (own, ("--requests", "owner")))):
+        capsys.readouterr()
+        assert run("edit", model, data, *words, tmp_path / str(count), *more) == 0
+        lines = [line for line in capsys.readouterr().err.split("\n") if "was found in" in line]
+        assert len(lines) == (model != own)
+        assert not lines or (str(own) in lines[0] and str(model) in lines[0])
+    record = json.loads((out / "components.json").read_text())
+    site = next(iter(record["components"]))
+    (tmp_path / "wide.json").write_text(
+        json.dumps(record | {"universe": record["universe"] | {site: 99}, "layout": {}})
+    )
+    line = failed(
+        capsys, "edit", own, data, "--within", tmp_path / "wide.json", "--method", "ga", "--out", tmp_path / "b"
+    )
+    assert f"wide.json: the set says that {site} has 99 components; in {own} it has 80" in line
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("method", ["zero", "ga"])
 def test_an_empty_set_is_not_the_whole_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str

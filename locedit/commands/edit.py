@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from locedit.commands.inputs import about, key, read_data, read_model, reused, start
+from locedit.commands.inputs import about, bound, key, read_data, read_model, reused, start
 from locedit.commands.requests import requests_command
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task
@@ -36,7 +36,7 @@ def edit_command(args: argparse.Namespace) -> None:
     args.hold = args.hold or METHODS[args.method].holds[0]
     main = _join_processes(args)
     run_folder, model, task = start(args)
-    within = None if asked is None else model.bind(asked)
+    within = None if asked is None else bound(model, asked, args.within)
     if main and METHODS[args.method].dose is None:
         _say_memory(model, within, args.hold, rank=getattr(chosen, "rank", 0))
     edit = _edit(run_folder, model, task, args, options, within, main=main)

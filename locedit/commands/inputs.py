@@ -5,7 +5,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from locedit.components import ComponentSet
 from locedit.data import Task, read_task
+from locedit.edit.parallel import Processes
 from locedit.errors import LoceditError
 from locedit.models import Model, load
 from locedit.runs import Run
@@ -52,6 +54,22 @@ def start(args: argparse.Namespace) -> tuple[Run, Model, Task]:
     require_folder(args.out)
     task = read_data(args)
     return Run(folder=Path(args.out), force=args.force), read_model(args), task
+
+
+def bound(model: Model, components: ComponentSet, path: str) -> ComponentSet:
+    """A set read from `path` with this model's slices; a line says so when it was found in another model."""
+    try:
+        found = model.bind(components)
+    except LoceditError as error:
+        raise LoceditError(f"{path}: {error}") from error
+    if components.fingerprint not in ("", model.fingerprint) and Processes.now().main:
+        known = components.provenance.model_name if components.provenance else ""
+        there = f"{known or 'a model'} with fingerprint {components.fingerprint[:16]}"
+        note(
+            f"{path} was found in {there}, not in {model.name} with {model.fingerprint[:16]}: the same numbers may "
+            "mean something else here"
+        )
+    return found
 
 
 def key(model: Model, task: Task, **more: Any) -> dict[str, Any]:

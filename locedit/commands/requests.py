@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from locedit.commands.inputs import about, key, read_data, reused, start
+from locedit.commands.inputs import about, bound, key, read_data, reused, start
 from locedit.components import ComponentSet
 from locedit.data import Task, read_task
 from locedit.errors import LoceditError, nearest
@@ -29,7 +29,7 @@ def requests_command(args: argparse.Namespace) -> None:
     asked = ComponentSet.load(args.within) if args.within else None
     check_requests(_tasks(read_data(args), args), args.method, within=asked, hold=args.hold, **options)
     run_folder, model, task = start(args)
-    within = None if asked is None else model.bind(asked)
+    within = None if asked is None else bound(model, asked, args.within)
     folder = run_folder.folder / "requests"
     if args.force and folder.exists():
         shutil.rmtree(folder)
