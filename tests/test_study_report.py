@@ -164,17 +164,20 @@ def test_a_study_is_saved_and_shown_whole(tmp_path: Path) -> None:
 
 
 def test_markdown_has_the_cells_of_the_table() -> None:
-    """Every line of a table has as many cells as its head, also where a note has a bar in it."""
-    note = "a | b"
-    study = a_study(records=(record("npo", "neurons", 0, retain=0.5, note=note), *a_study().records[3:]))
+    """Every line of a table has as many cells as its head, also where a cell has a bar in it; notes stand below."""
+    first = record("n|po", "neurons", 0, retain=0.5, note="a note")
+    study = a_study(records=(first, record("npo", "whole model", 0, retain=0.4, note="a note"), *a_study().records[6:]))
     text = study.markdown()
-    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    parts = text.split("\n\n")
+    tables = [part.splitlines() for part in parts if part.startswith("|")]
     assert len(tables) == 3  # reached, not reached, failed
     for head, rule, *rows in tables:
         count = head.count("|")
         assert rows
         assert all(line.replace("\\|", "").count("|") == count for line in (rule, *rows))
-    row = next(line for line in tables[0][2:] if line.startswith("| npo | neurons |"))
-    assert "| 0.50 |" in row
-    assert "a \\| b" in row
+    rows = [line for line in tables[0] if line.startswith(("| n\\|po | neurons | 1 |", "| npo | whole model | 1 |"))]
+    assert len(rows) == 2
+    assert all(line.endswith("| 30 steps | 1 |") for line in rows)
+    assert "| 0.50 |" in rows[0]
+    assert "1. a note" in parts
     assert str(study_words.verdict(study).sentences[0]) in text

@@ -13,6 +13,10 @@ from locedit.study.records import Row
 from locedit.study.result import Study
 
 LINE, SHIFT, GAP = 16, 7, 78
+ACROSS = 4
+"panels side by side"
+NAMED = 30
+"the most points of a trade-off that carry their names; of more, pointing at one tells it"
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
 COLOUR: dict[Role, str] = {
     role: COLOURS[role] for role in ("found", "random", "everything", "complement", "shallow", "other")
@@ -28,37 +32,54 @@ def dots(study: Study) -> Figure:
     rows = [row for row in study.rows if row.state == "reached"]
     methods = [method for method in study.methods if any(row.method == method for row in rows)]
     places = styles(rows)
-    height = (LINE + SHIFT * len(places)) * max(len(methods), 2) + 10
-    total = (height + GAP) * max(len(columns), 1) + 40
+    across = min(ACROSS, max(len(columns), 1))
+    down = max(-(-len(columns) // across), 1)
+    where = _heights(rows, methods, list(places))
+    most = max((sum(method == other for other, _ in where) for method in methods), default=1)
+    height = (LINE + SHIFT * most) * max(len(methods), 2) + 10
+    total = (height + GAP) * down + 40
     made = make_subplots(
-        rows=max(len(columns), 1),
-        cols=1,
-        vertical_spacing=GAP / total if len(columns) > 1 else 0,
+        rows=down,
+        cols=across,
+        shared_yaxes=True,
+        horizontal_spacing=0.02,
+        vertical_spacing=GAP / total if down > 1 else 0,
         subplot_titles=[plain(_title(column)) for column in columns],
     )
-    heights = {method: -at for at, method in enumerate(methods)}
-    for at, column in enumerate(columns, start=1):
-        for number, (place, style) in enumerate(places.items()):
+    for number, column in enumerate(columns):
+        down_at, across_at = number // across + 1, number % across + 1
+        for place, style in places.items():
             here = [row for row in rows if row.place == place and column.key in row.values]
             if here:
-                shift = 0.64 * ((number + 0.5) / len(places) - 0.5)
-                y = [heights[row.method] - shift for row in here]
-                made.add_trace(_trace(here, column, y, place, style, named=at == 1), row=at, col=1)
+                y = [where[row.method, place] for row in here]
+                made.add_trace(_trace(here, column, y, place, style, named=number == 0), row=down_at, col=across_at)
         if column.unedited and (before := study.unedited(column.key)):
             line = {"color": COLOURS["unedited"], "dash": "dot", "width": 1.2}
-            made.add_vline(x=before.value, line=line, row=at, col=1)  # type: ignore[arg-type]
-        made.update_xaxes(range=[-0.03, 1.03], nticks=6, tickangle=0, row=at, col=1)
+            made.add_vline(x=before.value, line=line, row=down_at, col=across_at)  # type: ignore[arg-type]
+        made.update_xaxes(
+            range=[-0.05, 1.05], tickvals=[0, 0.25, 0.5, 0.75, 1], tickangle=0, row=down_at, col=across_at
+        )
         made.update_yaxes(
-            tickvals=list(heights.values()),
+            tickvals=[-number for number in range(len(methods))],
             ticktext=[plain(method) for method in methods],
             range=[0.6 - len(methods), 0.6],
             gridcolor=GRID,
-            row=at,
-            col=1,
+            row=down_at,
+            col=across_at,
         )
     dressed = dress(made, height=total)
     dressed.update_layout(margin={"t": 34})
-    return dressed.update_annotations(font={"size": 13, "color": INK}, x=0, xanchor="left")
+    return dressed.update_annotations(font={"size": 13, "color": INK})
+
+
+def _heights(rows: Sequence[Row], methods: Sequence[str], places: Sequence[str]) -> dict[tuple[str, str], float]:
+    """(method, place) -> height: a line for each method, its own places one below the other around it."""
+    found: dict[tuple[str, str], float] = {}
+    for at, method in enumerate(methods):
+        here = [place for place in places if any((row.method, row.place) == (method, place) for row in rows)]
+        shifts = ((number + 0.5) / len(here) - 0.5 for number in range(len(here)))
+        found |= {(method, place): -at - 0.64 * shift for place, shift in zip(here, shifts, strict=True)}
+    return found
 
 
 def panels(study: Study) -> list[Number]:
@@ -80,7 +101,9 @@ def tradeoff(study: Study, attack: str) -> Figure:
         go.Scatter(
             x=[row.values[back].value for row in here],
             y=[row.values[kept].value for row in here],
-            mode="markers",
+            mode="markers+text" if len(rows) <= NAMED else "markers",
+            textposition="top center",
+            textfont={"size": 10},
             name=plain(place),
             marker=_marker(style),
             text=[plain(row.method) for row in here],
@@ -152,4 +175,4 @@ def _trace(
 
 
 def _title(column: Number) -> str:
-    return f"{column.title} (the line: unedited)" if column.unedited else column.title
+    return f"{column.title} (line: unedited)" if column.unedited else column.title

@@ -17,10 +17,11 @@ def page(study: Study) -> str:
 
 
 def _table(view: TableView) -> str:
-    names, rows = study_table.filled(view)
+    names, rows, notes = study_table.plain(view)
     numeric = {column.name for column in view.columns if column.numeric}
     rule = ["--:" if name in numeric else "---" for name in names]
-    return "\n".join(map(_line, (names, rule, *rows)))
+    lines = [*map(_line, (names, rule, *rows)), ""]
+    return "\n".join(lines + [f"{number}. {note}" for number, note in enumerate(notes, start=1)]).rstrip()
 
 
 def _line(cells: Sequence[str]) -> str:

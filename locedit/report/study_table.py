@@ -16,6 +16,7 @@ from locedit.terminal import table
 
 FACTS = ("accuracy", *PRIMARY)
 "metrics that sum up a data set in a study, first one present"
+NOTE = "note"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +147,10 @@ def text(study: Study) -> str:
     made = io.StringIO()
     with redirect_stdout(made):
         for view in views(study):
+            names, rows, notes = plain(view)
             made.write(f"{view.title}\n")
-            table(*filled(view))
+            table(names, rows)
+            made.writelines(f"{number}: {note}\n" for number, note in enumerate(notes, start=1))
             made.write("\n")
     return made.getvalue()
 
@@ -157,10 +160,18 @@ def views(study: Study) -> list[TableView]:
     return [view for view in (reached(study), not_reached(study), unfinished(study)) if view is not None]
 
 
-def filled(view: TableView) -> tuple[list[str], list[list[str]]]:
-    """Names and cells of the columns in which anything stands."""
+def plain(view: TableView) -> tuple[list[str], list[list[str]], list[str]]:
+    """Names and cells of the columns in which anything stands, and the notes, which cells of that column count."""
     kept = [i for i in range(len(view.columns)) if any(row[i].text for row in view.rows)]
-    return [view.columns[i].name for i in kept], [[row[i].text for i in kept] for row in view.rows]
+    names = [view.columns[i].name for i in kept]
+    rows = [[row[i].text for i in kept] for row in view.rows]
+    if NOTE not in names:
+        return names, rows, []
+    at = names.index(NOTE)
+    notes = list(dict.fromkeys(row[at] for row in rows if row[at]))
+    for row in rows:
+        row[at] = str(notes.index(row[at]) + 1) if row[at] else ""
+    return names, rows, notes
 
 
 def _attacked(key: str, study: Study) -> bool:
@@ -176,7 +187,7 @@ def _dose() -> list[Column]:
 
 
 def _end() -> list[Column]:
-    return [Column(name="note", wide=True)]
+    return [Column(name=NOTE, wide=True)]
 
 
 def _row(row: Row, columns: Sequence[Number]) -> list[Cell]:

@@ -84,7 +84,7 @@ def rows_of(records: Iterable[Record]) -> tuple[Row, ...]:
 def _row(records: Sequence[Record]) -> Row:
     first = records[0]
     names = dict.fromkeys(name for record in records for name in record.values)
-    notes = dict.fromkeys(part for record in records for part in (record.note, *record.warnings) if part)
+    notes = dict.fromkeys(part for record in records for part in _notes(record, several=len(records) > 1))
     return Row(
         method=first.method,
         restriction=first.restriction,
@@ -97,6 +97,12 @@ def _row(records: Sequence[Record]) -> Row:
         dose=first.dose,
         note="; ".join(notes),
     )
+
+
+def _notes(record: Record, *, several: bool) -> list[str]:
+    """The note, and what the method warned of, with the seed where others stand beside it."""
+    seed = f"seed {record.seed}: " if several else ""
+    return [part for part in (record.note, *(f"{seed}{warning}" for warning in record.warnings)) if part]
 
 
 def _interval(name: str, values: Sequence[float]) -> Interval:
