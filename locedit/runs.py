@@ -72,14 +72,18 @@ class Run:
             f"{folder} was made with other settings ({_difference(there, wanted)}); give --force or another --out"
         )
 
-    def write_once(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file of the run; the same content again is fine, another needs `force`."""
+    def require_same(self, name: str, value: dict[str, Any]) -> None:
+        """Raise LoceditError when a JSON file of the run holds another content and `force` is off."""
         path = self.folder / name
         if path.exists() and not self.force and (there := read_json(path)) != (wanted := read_back(value)):
             raise LoceditError(
                 f"{path} holds something else ({_difference(there, wanted)}); give --force or another --out"
             )
-        write_json(path, value)
+
+    def write_once(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file of the run; the same content again is fine, another needs `force`."""
+        self.require_same(name, value)
+        write_json(self.folder / name, value)
 
 
 def read_back(value: dict[str, Any]) -> dict[str, Any]:

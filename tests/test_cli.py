@@ -240,6 +240,25 @@ def test_a_set_of_another_model_is_said(folder: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "b").exists()
 
 
+def test_a_folder_with_something_else_is_refused_before_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All requests were once trained before the edit of another command was seen, and an edit before other data."""
+    words = ("--method", "ga", "--steps", 1, "--out", tmp_path / "a")
+    assert run("edit", folder / "model", folder / "task", *words) == 0
+    line = failed(capsys, "edit", folder / "model", folder / "task", "--requests", "owner", *words)
+    assert "a/edit was made with other settings" in line
+    assert not (tmp_path / "a" / "requests").exists()
+    requests = ("edit", folder / "model", folder / "task", "--requests", "owner", *words, "--force")
+    assert run(*requests) == run(*requests[:-1]) == 0
+    assert "learning_rate" in failed(capsys, *requests[:-1], "--learning-rate", 0.5)
+    words = ("--method", "magnitude", "--top", 3, "--out", tmp_path / "b")
+    assert run("localize", folder / "model", folder / "task", *words) == 0
+    line = failed(capsys, "edit", folder / "model", folder / "facts.jsonl", "--method", "ga", "--out", tmp_path / "b")
+    assert "b/run.json holds something else" in line
+    assert not (tmp_path / "b" / "edit").exists()
+
+
 @pytest.mark.parametrize("method", ["zero", "ga"])
 def test_an_empty_set_is_not_the_whole_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from locedit.commands.inputs import about, bound, key, read_data, read_model, reused, start
+from locedit.commands.inputs import about, bound, identity, key, read_data, read_model, reused, start
 from locedit.commands.requests import requests_command
 from locedit.components import ComponentSet, Scores
 from locedit.data import Task
@@ -99,7 +99,7 @@ def _edit(
     return _stage(
         run_folder,
         "edit",
-        key(model, task, method=args.method, options=options, hold=args.hold, within=_identity(within)),
+        key(model, task, method=args.method, options=options, hold=args.hold, within=identity(within)),
         lambda: unlearn(model, task, args.method, within=within, hold=args.hold, **options),
         main=main,
         save=lambda made, folder: made.save(folder, force=True),
@@ -162,12 +162,6 @@ def _scores_behind(within: ComponentSet, run_folder: Run) -> Scores | None:
             return scores
     note("the scores behind the set are not in this run; its components are compared in random order")
     return None
-
-
-def _identity(within: ComponentSet | None) -> dict[str, Any] | None:
-    if within is None:
-        return None
-    return {"components": len(within), "hash": content_hash(within.to_json() | {"provenance": None})}
 
 
 def _say_memory(model: Model, within: ComponentSet | None, hold: str, *, rank: int) -> None:

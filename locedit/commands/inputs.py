@@ -10,6 +10,7 @@ from locedit.data import Task, read_task
 from locedit.edit.parallel import Processes
 from locedit.errors import LoceditError
 from locedit.models import Model, load
+from locedit.provenance import content_hash
 from locedit.runs import Run
 from locedit.storage import require_folder
 from locedit.terminal import note
@@ -50,10 +51,15 @@ def about(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 
 
 def start(args: argparse.Namespace) -> tuple[Run, Model, Task]:
-    """The run folder, the model and the data; what is wrong with the folder or the data is said before loading."""
+    """The run folder, the model and the data; what is wrong with the folder or the data is said before loading.
+
+    A folder of another model or other data is refused here, before anything is computed.
+    """
     require_folder(args.out)
     task = read_data(args)
-    return Run(folder=Path(args.out), force=args.force), read_model(args), task
+    run_folder, model = Run(folder=Path(args.out), force=args.force), read_model(args)
+    run_folder.require_same("run.json", about(args, model))
+    return run_folder, model, task
 
 
 def bound(model: Model, components: ComponentSet, path: str) -> ComponentSet:
@@ -74,6 +80,13 @@ def bound(model: Model, components: ComponentSet, path: str) -> ComponentSet:
 
 def key(model: Model, task: Task, **more: Any) -> dict[str, Any]:
     return {"model": model.fingerprint, "data": task.hash, **more}
+
+
+def identity(within: ComponentSet | None) -> dict[str, Any] | None:
+    """What a stage's record says of a component set."""
+    if within is None:
+        return None
+    return {"components": len(within), "hash": content_hash(within.to_json() | {"provenance": None})}
 
 
 def reused(folder: str) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from locedit.commands.inputs import about, bound, key, read_data, reused, start
+from locedit.commands.inputs import about, bound, identity, key, read_data, reused, start
 from locedit.components import ComponentSet
 from locedit.data import Task, read_task
 from locedit.errors import LoceditError, nearest
@@ -30,15 +30,25 @@ def requests_command(args: argparse.Namespace) -> None:
     check_requests(_tasks(read_data(args), args), args.method, within=asked, hold=args.hold, **options)
     run_folder, model, task = start(args)
     within = None if asked is None else bound(model, asked, args.within)
+    tasks = _tasks(task, args)
+    made_from = key(
+        model,
+        task,
+        method=args.method,
+        options=options,
+        hold=args.hold or METHODS[args.method].holds[0],
+        within=identity(within),
+        requests={name: one.hash for name, one in tasks.items()},
+    )
+    run_folder.has("edit", made_from)  # what another command left there is refused before anything is trained
     folder = run_folder.folder / "requests"
     if args.force and folder.exists():
         shutil.rmtree(folder)
-    tasks = _tasks(task, args)
     made = unlearn_requests(model, tasks, args.method, within=within, hold=args.hold, folder=folder, **options)
     write_json(folder / "requests.json", {"requests": len(made.edits), "table": made.table})
     edit = run_folder.stage(
         "edit",
-        key(model, task, method=args.method, requests=args.requests, made_of=[e.digest for e in made.edits]),
+        made_from,
         lambda: made.edit,
         save=lambda chain, place: chain.save(place, force=True),
         load=Edit.load,
