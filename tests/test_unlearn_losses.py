@@ -168,6 +168,18 @@ def test_ceu_pulls_to_a_target_without_mass_on_the_answer() -> None:
     )  # fmt: skip
 
 
+def test_ceu_and_unlikelihood_have_one_gradient() -> None:
+    """p on the label and -p_k p / (1 - p) elsewhere: the target without the label is where -log(1 - p) leads."""
+    rows, labels = logits(PROBABILITIES, PROBABILITIES), torch.tensor([0, 2])
+    torch.testing.assert_close(
+        gradient(lambda z: ceu(z, labels), rows),
+        gradient(lambda z: unlikelihood(z, labels, floor=None), rows),
+        rtol=1e-12,
+        atol=1e-15,
+    )
+    assert not torch.allclose(ceu(rows, labels), unlikelihood(rows, labels, floor=None))
+
+
 def test_undial_by_hand() -> None:
     """Reference (.5, .3, .15, .05) with ln 5 taken from label 0 is (1, 3, 1.5, .5) / 6; the model is uniform."""
     reference, labels = logits(PROBABILITIES), torch.tensor([0])

@@ -33,7 +33,8 @@ def ceu(logits: Float[Tensor, "n vocab"], labels: Int[Tensor, " n"]) -> Float[Te
     """Cross-entropy in nats to softmax(logits) without its mass on the label, a target that is taken as constant.
 
     The gradient on a logit is p_k - q_k with q_label = 0 and q_k = p_k / (1 - p_label): p on the label, else
-    -p_k p / (1 - p). It is bounded, and 0 once the label has no mass.
+    -p_k p / (1 - p). It is bounded, and 0 once the label has no mass. That is also the gradient of -log(1 - p): CE-U
+    and unlikelihood (with no floor) train in the same way, though their values differ.
     """
     logits = losses.precise(logits)
     target = losses.without_label(logits, labels).detach().softmax(1)
