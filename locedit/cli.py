@@ -340,7 +340,8 @@ def _spans(commands: Commands) -> None:  # type: ignore[type-arg]
         "choose which stretches of texts are to be forgotten, and write them as private texts",
         "Rules: given (spans in the data), patterns, fields, surprisal (a model's probabilities), annotator (a model "
         "is asked). MODEL may be left out where nothing needs it; with it spans are widened to whole tokens. Options "
-        "of the rule are given as --patterns email,phone, --names FILE, --threshold quantile; locedit.spans has them.",
+        "of the rule are given the same way, e.g. --patterns email,phone or --mark answer,subject; `locedit methods "
+        "RULE` lists them.",
     )
     _model_and_data(parser, model_nargs="?")
     parser.add_argument("--rule", default="patterns", metavar="NAME", help="default patterns")
@@ -366,9 +367,11 @@ def _spans(commands: Commands) -> None:  # type: ignore[type-arg]
 
 def _methods(commands: Commands) -> None:  # type: ignore[type-arg]
     parser = _command(
-        commands, "methods", "list localizers, unlearning methods and attacks, with papers and requirements"
+        commands,
+        "methods",
+        "list localizers, unlearning methods, attacks and rules for spans, with papers and requirements",
     )
-    parser.add_argument("name", nargs="?", help="one method: its options, their types and defaults")
+    parser.add_argument("name", nargs="?", help="one method or rule: its options, their types and defaults")
 
 
 def _metrics(commands: Commands) -> None:  # type: ignore[type-arg]

@@ -1,4 +1,4 @@
-"""What `locedit methods` and `locedit metrics` print."""
+"""What `locedit methods` (the rules of `locedit spans` among them) and `locedit metrics` print."""
 
 import argparse
 import sys
@@ -7,14 +7,19 @@ from typing import Any
 
 from locedit.errors import LoceditError, nearest
 from locedit.options import describe
-from locedit.registries import attacks, localizers, unlearning
+from locedit.registries import attacks, localizers, span_rules, unlearning
 from locedit.results import Evaluation, Measure
 from locedit.terminal import table
 
 
 def methods_command(args: argparse.Namespace) -> None:
     """All methods in tables, or the options of one."""
-    groups = {"localizer": localizers(), "unlearning method": unlearning(), "attack": attacks()}
+    groups = {
+        "localizer": localizers(),
+        "unlearning method": unlearning(),
+        "attack": attacks(),
+        "rule for spans": span_rules(),
+    }
     if args.name:
         return _describe_method(args.name, groups)
     for number, (group, entries) in enumerate(groups.items()):
@@ -23,7 +28,7 @@ def methods_command(args: argparse.Namespace) -> None:
         if group == "unlearning method":
             table(("name", "needs", "inside a set", "held as", "source"), list(map(unlearning_row, entries.items())))
         else:
-            table(("name", "needs", "source"), [(n, _needs(entry), entry.paper) for n, entry in entries.items()])
+            table(("name", "needs", "source"), [(n, _needs(entry), entry.paper or "-") for n, entry in entries.items()])
     sys.stdout.write("\n`locedit methods NAME` lists the options of one, and what + stands for.\n")
     return None
 
@@ -32,6 +37,7 @@ HEADINGS = {
     "localizer": "Localizers: where it is (locedit localize --method NAME)",
     "unlearning method": "Edits and unlearning: what is changed (locedit edit --method NAME --within FILE --hold HOW)",
     "attack": "Attacks: whether it comes back (locedit evaluate --attacks NAME)",
+    "rule for spans": "Rules for spans: what of a text is forgotten (locedit spans --rule NAME)",
 }
 
 
@@ -43,8 +49,13 @@ def unlearning_row(named: tuple[str, Any]) -> tuple[str, str, str, str, str]:
 
 
 def _needs(entry: Any) -> str:
-    """Parts of the task; + where a check asks more of the items, or some options do."""
-    return " ".join(entry.requires) + (" +" if _more(entry) else "") or "-"
+    """Parts of the task, or models; + where a check asks more of the items, or some options do."""
+    return _parts(entry) + (" +" if _more(entry) else "") or "-"
+
+
+def _parts(entry: Any) -> str:
+    """Parts of the task; of a rule for spans the models, one of which it needs."""
+    return " ".join(entry.requires) if hasattr(entry, "requires") else " or ".join(entry.needs)
 
 
 def _more(entry: Any) -> list[str]:
@@ -58,8 +69,8 @@ def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None
     found = {group: entries[name] for group, entries in groups.items() if name in entries}
     for number, (group, entry) in enumerate(found.items()):  # a localizer and a method may have one name
         sys.stdout.write("\n" if number else "")
-        sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}\n")
-        sys.stdout.write(f"needs: {' '.join(entry.requires) or 'nothing beyond the forget data'}\n")
+        sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}".rstrip() + "\n")
+        sys.stdout.write(f"needs: {_parts(entry) or 'nothing beyond the forget data'}\n")
         sys.stdout.write("".join(f"       {line}\n" for line in _more(entry)))
         if hasattr(entry, "holds"):
             _, _, inside, held, _ = unlearning_row((name, entry))

@@ -25,6 +25,12 @@ def attacks() -> Mapping[str, Any]:
     return ATTACKS
 
 
+def span_rules() -> Mapping[str, Any]:
+    from locedit.spans import RULES
+
+    return RULES
+
+
 def method_options(
     registry: Mapping[str, Any], name: str, words: dict[str, str], *, several: list[str] | None = None
 ) -> dict[str, Any]:

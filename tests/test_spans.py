@@ -129,12 +129,12 @@ def test_matches_that_touch_are_one_span_with_the_label_of_the_longest() -> None
 
 def test_a_facts_own_answer_is_marked_where_it_answers_and_its_subject_everywhere() -> None:
     fact = Fact(prompt="A or B? Anna lives in Oslo. Anna chose", answer=" A", subject="Anna", id="f", owner="nobody")
-    found = find_spans(dataset(fact), "fields", fields=("answer", "subject"))
+    found = find_spans(dataset(fact), "fields", mark=("answer", "subject"))
     text = fact.prompt + fact.answer
     assert [(start, end) for start, end, _ in found.data.items[0].spans] == [  # type: ignore[union-attr]
         (8, 12), (28, 32), (len(text) - 1, len(text)),
     ]  # fmt: skip
-    found = find_spans(dataset(fact), "fields", fields=("answer", "owner"))
+    found = find_spans(dataset(fact), "fields", mark=("answer", "owner"))
     assert [(each.text, each.reason) for each in found.rejected] == [("nobody", "does not occur in the text")]
 
 
@@ -144,7 +144,7 @@ def test_values_of_other_facts_are_found_in_texts() -> None:
         Fact(prompt="Carl lives in", answer=" Lima", subject="Carl", id="f2"),
     )
     data = plain("Oslo is where Anna went; Osloers love Oslo.", "Nobody here")
-    found = find_spans(data, "fields", fields=("answer", "subject"), values=facts)
+    found = find_spans(data, "fields", mark=("answer", "subject"), values=facts)
     assert marked(found) == {"t0": [("Oslo", "answer"), ("Anna", "subject"), ("Oslo", "answer")]}
     assert {(each.id, each.text, each.reason) for each in found.rejected} == {
         ("f2", "Lima", "occurs in no text"),
@@ -237,7 +237,7 @@ def test_gaps_are_closed_before_short_runs_are_dropped() -> None:
         ({"rule": "patterns", "verify": "contxt"}, "did you mean 'context'"),
         ({"rule": "patterns", "scorer": "start"}, "the task 'task' names no start model"),
         ({"rule": "patterns", "steps": 3}, "patterns has no option 'steps'"),
-        ({"rule": "fields", "fields": ("answeer",)}, "did you mean 'answer'"),
+        ({"rule": "fields", "mark": ("answeer",)}, "did you mean 'answer'"),
     ],
 )
 def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:

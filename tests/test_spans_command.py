@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from locedit.cli import main
+from locedit.cli import main, parse_arguments
 from locedit.data import PrivateText, encode, read_facts, read_task
+from locedit.options import kinds
+from locedit.spans import RULES
 from locedit.unlearn import prepare
 from tests import tiny
+from tests.test_cli import write_lines
 
 TEXTS = ("Call Eva Frost on 555-0134 at noon.", "Mail to eva@frost.org, please.", "Nothing to see.")
 
@@ -64,6 +67,22 @@ def test_rejected_spans_are_shown_with_the_reason(
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.startswith("rejected: text label piece reason")
     assert "below 1.5" in shown
+
+
+def test_fields_to_mark_are_given_beside_renamed_fields(tmp_path: Path) -> None:
+    write_lines(tmp_path / "f.jsonl", [{"q": "Eva Frost lives in", "answer": " Oslo", "owner": "Eva Frost"}])
+    words = ("spans", tmp_path / "f.jsonl", "--rule", "fields", "--fields", "prompt=q", "--mark", "answer,owner")
+    assert run(*words, "--out", tmp_path / "o.jsonl") == 0
+    (item,) = read_facts(tmp_path / "o.jsonl")
+    assert isinstance(item, PrivateText)
+    assert [(item.text[a:b], label) for a, b, label in item.spans] == [("Eva Frost", "owner"), ("Oslo", "answer")]
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_no_option_of_a_rule_has_the_name_of_one_of_the_command(rule: str) -> None:
+    """What the command takes for itself never reaches the rule."""
+    own = vars(parse_arguments(["spans", "texts.txt", "--out", "o.jsonl"]))
+    assert not set(kinds(RULES[rule].options)) & set(own)
 
 
 @pytest.mark.parametrize(

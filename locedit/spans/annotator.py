@@ -39,7 +39,7 @@ class AnnotatorOptions:
     "a file with the prompt: {text} where the text goes, {examples} where the examples go; None = TEMPLATE"
     max_new_tokens: int = 64
     "tokens of an answer at most"
-    chat: str = "off"
+    annotator_chat: str = "off"
     "auto, off or a template: how the prompt reaches the annotator"
     batch_size: int = 8
 
@@ -85,7 +85,7 @@ def by_model(source: Source, options: AnnotatorOptions) -> Sequence[Proposal]:
 def ask(model: Model, prompts: Sequence[str], options: AnnotatorOptions) -> list[str]:
     """The model's greedy answers."""
     asked = [Fact(prompt=prompt.rstrip(" "), answer=" none", id=str(at)) for at, prompt in enumerate(prompts)]
-    examples = [example.prompt() for example in encode(model, asked, chat=options.chat)]
+    examples = [example.prompt() for example in encode(model, asked, chat=options.annotator_chat)]
     answers: dict[str, str] = {}
     for batch in batches(examples, model, options.batch_size):
         written = model.generate(batch, max_new_tokens=options.max_new_tokens)

@@ -19,17 +19,17 @@ FIELDS = ("answer", "subject", "owner")
 class FieldOptions:
     """Which values."""
 
-    fields: tuple[str, ...] = ("answer",)
-    "whose values are marked: answer, subject, owner; the field is the label"
+    mark: tuple[str, ...] = ("answer",)
+    "fields whose values are marked: answer, subject, owner; the field is the label"
     values: Dataset | str | None = None
     "facts, or a file of them, whose values are looked for in every text; None = each text's own values in itself"
 
     def __post_init__(self) -> None:
-        for name in self.fields:
+        for name in self.mark:
             if name not in FIELDS:
-                raise LoceditError(f"fields={name!r}; {nearest(name, FIELDS)}")
-        if not self.fields:
-            raise LoceditError(f"fields=(): name at least one of {', '.join(FIELDS)}")
+                raise LoceditError(f"mark={name!r}; {nearest(name, FIELDS)}")
+        if not self.mark:
+            raise LoceditError(f"mark=(): name at least one of {', '.join(FIELDS)}")
         self.others()
 
     def others(self) -> Dataset | None:
@@ -44,8 +44,8 @@ def fields(source: Source, options: FieldOptions) -> Sequence[Proposal]:
     """
     others = options.others()
     if others is None:
-        return [_own(item, options.fields, source.data.source) for item in source.data]
-    return _of_others(source.data, others, options.fields)
+        return [_own(item, options.mark, source.data.source) for item in source.data]
+    return _of_others(source.data, others, options.mark)
 
 
 def _own(item: Item, names: Sequence[str], source: str) -> Proposal:
