@@ -13,9 +13,7 @@ at random; labs differ.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset, PlainText, PrivateText, Task
 from locedit.losses import nll_of_examples
 from locedit.models import Model
+from locedit.storage import write_text
 from locedit.unlearn import stopping
 
 Row = dict[str, Any]
@@ -44,8 +43,7 @@ def main() -> None:
             rows.append({"lab": seed, **one(model, task, args, chunks=chunks)})
             print_row(rows[-1])
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=1))
+        write_text(args.out, markdown(rows, args))
 
 
 def _arguments() -> argparse.Namespace:
@@ -59,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="at most, of each chunk")
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--eval-every", type=int, default=1)
-    parser.add_argument("--out", help="also write the rows as JSON")
+    parser.add_argument("--out", help="also write the rows as a Markdown table")
     return parser.parse_args()
 
 
@@ -115,8 +113,31 @@ def perplexity(model: Model, texts: Sequence[Example]) -> float:
     return float((total / sum(len(text.targets) for text in texts)).exp())
 
 
+def markdown(rows: Sequence[Row], args: argparse.Namespace) -> str:
+    """The rows as a table, with the settings."""
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "out")
+    numbers = ["steps", "EL", "its limit", "MA", "its limit", "retain perplexity", "text perplexity"]
+    head = ["lab", "texts", *numbers, "rule held for each chunk", "holds for all at the end"]
+    lines = [head, ["--:", "---", *["--:"] * len(numbers), "---", "---"]]
+    for row in rows:
+        limits = row.get("limits", {"el": None, "ma": None})
+        shares = [row["el"], limits["el"], row["ma"], limits["ma"]]
+        cells = [row["lab"], named(row), row.get("steps", "")]
+        cells += ["" if share is None else f"{share:.3f}" for share in shares]
+        cells += [f"{row['retain']:.2f}", f"{row['texts']:.2f}"]
+        cells += [{True: "yes", False: "no", None: ""}[row.get(name)] for name in ("each", "all")]
+        lines.append([str(cell) for cell in cells])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"# Knowledge unlearning: all at once against chunks\n\n`{given}`\n\n{table}\n"
+
+
+def named(row: Row) -> str:
+    """What the row is of."""
+    return f"{row['chunks']} chunks" if row["chunks"] > 1 else ("at once" if row["chunks"] else "before")
+
+
 def print_row(row: Row) -> None:
-    name = f"{row['chunks']} chunks" if row["chunks"] > 1 else ("at once" if row["chunks"] else "before")
+    name = named(row)
     numbers = f"EL {row['el']:.3f}  MA {row['ma']:.3f}  retain {row['retain']:8.2f}  texts {row['texts']:8.2f}"
     rest = ""
     if "limits" in row:

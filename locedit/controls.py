@@ -1,7 +1,7 @@
 """A localized edit beside its controls, compared at the same forget level.
 
-Every edit has one dose: how many components are zeroed (or scaled, or set to their mean), or how many steps are
-trained. The same method runs inside the found set, inside random sets with as many components in every site, on
+Every edit has one dose: how many components are zeroed (or scaled, or set to their mean), how many steps are trained,
+or how many weights are masked. The same method runs inside the found set, inside random sets with as many components in every site, on
 everything, and on the complement; each one's dose is raised until the forget level of the found edit is reached, and
 what it did to the other data is read there. A control that never reaches the level says so.
 """
@@ -71,8 +71,9 @@ def compare(
     settings = options | {"hold": hold, "seeds": seeds}
     with measure(f"compare {name}", model=model, data=task, settings=settings) as measured:
         probes = probes_of(model, task)
-        if METHODS[name].trained:
-            made = _Trained(model, task, name, hold=hold, options=chosen, probes=probes)
+        if METHODS[name].dose != "components":
+            kind = _Trained if METHODS[name].trained else _Curved
+            made = kind(model, task, name, hold=hold, options=chosen, probes=probes)
             curves, reached = made.curves(
                 within, seeds=seeds, level=level, everything=everything, complement=bool(complement), edit=edit
             )
@@ -134,6 +135,8 @@ def _note(matched: int | None, *, lowest: float, role: Role) -> str:
 class _Trained:
     """Dose = training steps; levels are those of the history."""
 
+    x_name, column = "steps", "step"
+
     def __init__(
         self, model: Model, task: Task, name: str, *, hold: str, options: Any, probes: Mapping[str, Sequence[Example]]
     ) -> None:
@@ -152,10 +155,10 @@ class _Trained:
         edit: Edit | None,
     ) -> tuple[list[Curve], float]:
         """The found edit's curve first, then its controls', each trained until the level or the last step."""
-        if edit is None or not set(self.probes) <= set(edit.history):
+        if edit is None or not self.followed() <= set(edit.history):
             edit = self._train(within, until=level if level is not None else self.options.until)
         found = self._rows(edit)
-        reached = level if level is not None else _returned(edit, found)["forget"]
+        reached = level if level is not None else self.returned(edit, found)["forget"]
         controls: list[_Control] = [
             ("random", f"random {seed}", seed, other) for seed, other in random_sets(within, seeds).items()
         ]
@@ -163,12 +166,12 @@ class _Trained:
             controls.append(("everything", "everything", None, None))
         if complement:
             controls.append(("complement", "complement", None, ~within))
-        curves = [_curve(found, role="found", name="found", x_name="steps", level=reached)]
+        curves = [_curve(found, role="found", name="found", x_name=self.x_name, level=reached)]
         for role, name, seed, where in progress.track(controls, "controls"):
             made = self._train(where, until=reached)
             if role == "random":
                 self.edits[name] = made
-            curves.append(_curve(self._rows(made), role=role, name=name, x_name="steps", level=reached, seed=seed))
+            curves.append(_curve(self._rows(made), role=role, name=name, x_name=self.x_name, level=reached, seed=seed))
         return curves, reached
 
     def _train(self, within: ComponentSet | None, *, until: float | None) -> Edit:
@@ -182,13 +185,35 @@ class _Trained:
     def _rows(self, edit: Edit) -> list[Row]:
         table = edit.history
         measured = [at for at, value in enumerate(table["forget"]) if value is not None]
-        return [{"steps": float(table["step"][at])} | {key: table[key][at] for key in self.probes} for at in measured]
+        keys = sorted(self.followed())
+        return [{self.x_name: float(table[self.column][at])} | {key: table[key][at] for key in keys} for at in measured]
+
+    def followed(self) -> set[str]:
+        """The data whose levels the history has."""
+        return set(self.probes)
+
+    def returned(self, edit: Edit, rows: Sequence[Row]) -> Row:
+        """The measured row of the state that a training returned: the last, unless it says so."""
+        step = edit.outcome.get("chosen", {}).get("step")
+        return next((row for row in rows if row["steps"] == step), rows[-1])
 
 
-def _returned(edit: Edit, rows: Sequence[Row]) -> Row:
-    """The measured row of the state that a training returned: the last, unless it says so."""
-    step = edit.outcome.get("chosen", {}).get("step")
-    return next((row for row in rows if row["steps"] == step), rows[-1])
+class _Curved(_Trained):
+    """Dose = weights, of a recipe whose history is a curve over them."""
+
+    x_name, column = "weights zeroed", "weights"
+
+    def _train(self, within: ComponentSet | None, *, until: float | None) -> Edit:
+        options = self.options if until is None else dataclasses.replace(self.options, until=until)
+        made = METHODS[self.name].function(self.model, self.task, within=within, hold=self.hold, options=options)
+        assert isinstance(made, Edit)
+        return made
+
+    def followed(self) -> set[str]:
+        return set(self.probes) - {"neighbours"}
+
+    def returned(self, edit: Edit, rows: Sequence[Row]) -> Row:
+        return next(row for row in rows if row[self.x_name] == edit.outcome["zeroed"])
 
 
 # --- doses in components ---------------------------------------------------------------------------------------------

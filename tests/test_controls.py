@@ -139,6 +139,23 @@ def test_the_random_sets_edits_are_kept_for_attacks(monkeypatch: pytest.MonkeyPa
         assert edit.within != within
 
 
+def test_masked_weights_are_compared_along_their_curve() -> None:
+    """The dose is the number of weights; the found edit is that of unlearn, and each curve ends as its own set does."""
+    from locedit.unlearn import unlearn
+
+    model, task = tiny.model("llama"), edits.task()
+    within = edits.neurons_and_heads(model)
+    options: dict[str, Any] = {"steps": 8, "learning_rate": 3e-2, "curve": 6}
+    found = compare(model, task, "weight_mask", within=within, seeds=[0], **options)
+    edit = unlearn(model, task, "weight_mask", within=within, check=False, **options)
+    assert [curve.role for curve in found.curves] == ["found", "random", "everything"]
+    assert {curve.x_name for curve in found.curves} == {"weights zeroed"}
+    assert list(found.curves[0].x) == edit.history["weights"]
+    assert list(found.curves[0].columns["forget"]) == edit.history["forget"]
+    assert found.level == edit.history["forget"][edit.history["weights"].index(edit.outcome["zeroed"])]
+    assert found.edits["random 0"].outcome["of"] == edit.outcome["of"]
+
+
 def test_a_recipe_without_a_dose_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 

@@ -216,6 +216,7 @@ METHODS: dict[str, Method] = Methods({
         paper="Guo et al. 2024, arXiv:2410.12949",
         trained=False,
         holds=("weights",),
+        dose="weights",
         verify=weight_mask.verify,
     ),
     "pcgu": Method(
