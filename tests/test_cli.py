@@ -259,6 +259,31 @@ def test_a_folder_with_something_else_is_refused_before_training(
     assert not (tmp_path / "b" / "edit").exists()
 
 
+def test_what_an_edit_came_to_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was once said of the levels, and of requests not which came back; also of an edit that is there."""
+    model, task, out = folder / "model", folder / "task", tmp_path / "a"
+    assert run("localize", model, task, "--method", "magnitude", "--top", 5, "--out", out) == 0
+    within = ("--within", out / "components.json", "--method", "ga", "--steps", 2, "--until", "1e-30", "--out", out)
+    for _ in range(2):
+        capsys.readouterr()
+        assert run("edit", model, task, *within, "--controls", 1) == 0
+        told = capsys.readouterr()
+        rows = [line.split() for line in told.out.splitlines()]
+        assert rows[0] == ["answer", "probability", "before", "after"]
+        assert [row[0] for row in rows[1:3]] == ["forget", "retain"]
+        assert rows[3][2] == rows[1][2], "the controls are compared at the level that the edit reached"
+        assert rows[3][3:] == ["steps", "forget", "retain"]
+        assert [row[0] for row in rows[4:]] == ["found", "random", "everything"]
+        assert "2 steps, forget level 1e-30 not reached" in told.err
+    requests = ("--requests", "owner", "--method", "ga", "--steps", 2, "--until", "1e-30", "--out", tmp_path / "b")
+    assert run("edit", model, task, *requests) == 0
+    told = capsys.readouterr()
+    rows = [line.split() for line in told.out.splitlines()]
+    assert rows[0] == ["request", "unedited", "before", "after", "end", "came", "back"]
+    assert [row[-1] for row in rows[1:3]] == ["no", "no"]
+    assert "2 requests, 186,528 numbers; 0 came back, 0 of 2 reached where to stop" in told.err
+
+
 @pytest.mark.parametrize("method", ["zero", "ga"])
 def test_an_empty_set_is_not_the_whole_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str

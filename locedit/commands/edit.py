@@ -42,9 +42,16 @@ def edit_command(args: argparse.Namespace) -> None:
     edit = _edit(run_folder, model, task, args, options, within, main=main)
     if main:
         run_folder.write_once("run.json", about(args, model))
-        note(f"{run_folder.folder / 'edit'}: {edit}")
+        _say(run_folder.folder / "edit", edit, kind=METHODS[args.method].reads(task).forget.kind)
     if args.controls and within is not None:
         _compare(run_folder, model, task, edit, args, options, within, main=main)
+
+
+def _say(folder: Path, edit: Any, *, kind: str) -> None:
+    from locedit.commands.outcomes import dose, say_edit
+
+    say_edit(edit, kind=kind)
+    note("; ".join(filter(None, (f"{folder}: {edit}", dose(edit)))))
 
 
 def _join_processes(args: argparse.Namespace) -> bool:
@@ -118,6 +125,7 @@ def _compare(
     *,
     main: bool,
 ) -> None:
+    from locedit.commands.outcomes import say_comparison
     from locedit.controls import compare
     from locedit.results import Comparison
     from locedit.unlearn import METHODS
@@ -147,6 +155,7 @@ def _compare(
         load=lambda folder: Comparison.load(folder / "comparison.json"),
     )
     if main:
+        say_comparison(comparison)
         name, count = run_folder.folder / "comparison", len(comparison.curves)
         note(f"{name}: {count} dose curves, compared at {comparison.level:.3g}")
 

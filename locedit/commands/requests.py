@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 from locedit.commands.inputs import about, bound, identity, key, read_data, reused, start
 from locedit.components import ComponentSet
@@ -12,13 +11,14 @@ from locedit.data import Task, read_task
 from locedit.errors import LoceditError, nearest
 from locedit.registries import method_options
 from locedit.storage import write_json
-from locedit.terminal import note, table
+from locedit.terminal import note
 
 FIELDS = ("owner", "group", "format")
 
 
 def requests_command(args: argparse.Namespace) -> None:
     """Make one edit of all requests; a sequence that was stopped goes on where it was."""
+    from locedit.commands.outcomes import say_requests
     from locedit.edit import Edit
     from locedit.unlearn import METHODS
     from locedit.unlearn.requests import check_requests, unlearn_requests
@@ -55,10 +55,8 @@ def requests_command(args: argparse.Namespace) -> None:
         on_reuse=reused,
     )
     run_folder.write_once("run.json", about(args, model))
-    columns = [name for name in made.table if name not in ("kind", "came_back")]
-    rows = zip(*(made.table[name] for name in columns), strict=True)
-    table(columns, [[_cell(value) for value in row] for row in rows])
-    note(f"{run_folder.folder / 'edit'}: {len(made.edits)} requests, {len(edit):,} numbers")
+    said = say_requests(made)
+    note(f"{run_folder.folder / 'edit'}: {len(made.edits)} requests, {len(edit):,} numbers; {said}")
 
 
 def _tasks(task: Task, args: argparse.Namespace) -> dict[str, Task]:
@@ -79,7 +77,3 @@ def _tasks(task: Task, args: argparse.Namespace) -> dict[str, Task]:
             raise LoceditError(f"--requests: {name} is there twice")
         found[name] = dataclasses.replace(task, forget=other.forget)
     return found
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:.3g}"
