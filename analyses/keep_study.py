@@ -2,8 +2,8 @@
 
     python -m analyses.keep_study runs/methods runs/relearning [--out figures]
 
-Writes OUT/study_NAME.md, .csv (every number), .png (every method, by place) and _tradeoff.png (what is kept against
-what the first attack brought back). Needs kaleido and a Chromium.
+Writes OUT/study_NAME.md, .csv (every number), .png (every method, by place) and, where there are few enough points to
+name them, _tradeoff.png (what is kept against what the first attack brought back). Needs kaleido and a Chromium.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def keep(study: Study, out: Path) -> None:
     study.plot().write_image(stem.with_suffix(".png"), width=1400, scale=1.5)
     for attack in study_table.attacks_of(study)[:1]:
         made = study_figures.tradeoff(study, attack)
-        made.write_image(out / f"{stem.name}_tradeoff.png", width=1000, scale=1.5)
+        if all("text" in trace.mode for trace in made.data):
+            made.write_image(out / f"{stem.name}_tradeoff.png", width=1000, scale=1.5)
     print(f"{stem}.md")
 
 

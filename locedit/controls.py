@@ -1,9 +1,9 @@
 """A localized edit beside its controls, compared at the same forget level.
 
 Every edit has one dose: how many components are zeroed (or scaled, or set to their mean), how many steps are trained,
-or how many weights are masked. The same method runs inside the found set, inside random sets with as many components in every site, on
-everything, and on the complement; each one's dose is raised until the forget level of the found edit is reached, and
-what it did to the other data is read there. A control that never reaches the level says so.
+or how many weights are masked. The same method runs inside the found set, inside random sets with as many components in
+every site, on everything, and on the complement; each one's dose is raised until the forget level of the found edit is
+reached, and what it did to the other data is read there. A control that never reaches the level says so.
 """
 
 import dataclasses

@@ -103,7 +103,8 @@ def reached(study: Study) -> TableView:
         "dose that takes the forget level to the level of the study, or below; the other numbers are means over items. "
         "Relearned: forget items that were not relearned, after the attack; beside it held-out items that were never "
         "known, after the same attack, and what it leaves of the retain items. Share back: 0 = like never known, 1 = "
-        "as before the edit. KL: of the edited from the unedited model on texts."
+        "as before the edit. KL: of the edited from the unedited model on texts. A dose in components goes on past the "
+        "set, in the order of the scores, where the set does not suffice."
     )
     return TableView(
         title="Every method at the matched forget level",
