@@ -153,7 +153,7 @@ def _read(method: str, name: str, text: str, kind: Any) -> Any:
             continue
         if _fits(value, kind):
             return value
-    if get_origin(kind) in (tuple, list) and _fits(tuple(text.split(",")), kind):
+    if _takes_several(kind) and _fits(tuple(text.split(",")), kind):
         return tuple(text.split(","))
     hint = f"; {nearest(text, _words(kind))}" if _words(kind) else ""
     raise LoceditError(f"{method}: --{name.replace('_', '-')} {text!r} is not {in_words(kind)}{hint}")

@@ -18,6 +18,7 @@ class Some:
     grid: tuple[float, ...] = (1.0,)
     layers: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
+    kinds: tuple[str, ...] | None = None
     keep: bool = True
 
 
@@ -65,3 +66,10 @@ def test_numbers_that_are_not_finite(number: float) -> None:
 def test_describe_lists_defaults() -> None:
     assert ("rule", "'left' or 'right'", "'left'", "where the points lie") in describe(Some)
     assert ("steps", "int or None", "None", "") in describe(Some)
+
+
+def test_words_of_an_option_that_may_be_left_out() -> None:
+    """A list of words or None took neither one word nor several."""
+    assert parse(Some, {"kinds": "phone"}, method="m") == {"kinds": ("phone",)}
+    assert parse(Some, {"kinds": "phone,email"}, method="m") == {"kinds": ("phone", "email")}
+    assert parse(Some, {"kinds": "none"}, method="m") == {"kinds": None}

@@ -72,10 +72,10 @@ def test_a_model_is_asked_greedily_with_examples(tmp_path: Path, monkeypatch: py
             for _ in range(5):
                 ids.append(int(model.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         expected.append(model.tokenizer.decode(ids[start:], skip_special_tokens=True))
-    assert ask(model, prompts, options) == expected
+    assert ask(model, prompts, options, names=["a", "b", "c"]) == expected
     # and what they name is marked where it occurs, else reported
     written = {"t0": " Oslo; Bern\n\nText: another", "t1": " none"}
-    monkeypatch.setattr("locedit.spans.annotator.ask", lambda *_: list(written.values()))
+    monkeypatch.setattr("locedit.spans.annotator.ask", lambda *_, **__: list(written.values()))
     found = find_spans(plain(TEXT, "Nothing."), "annotator", annotator=model, template=str(template))
     assert pieces(found) == [["Oslo"]]
     assert [each.text for each in found.rejected] == ["Bern"]
@@ -165,3 +165,10 @@ def test_masked_models_verify_too() -> None:
     model = tiny.model("bert")
     check = Verification(factor=1e-9)
     assert len(pieces(find_spans(plain(TEXT), both, model=model, verify=check))[0]) == 2
+
+
+def test_a_prompt_that_does_not_fit_names_its_text(tmp_path: Path) -> None:
+    (tmp_path / "template.txt").write_text("{text}\nPrivate:")
+    texts, given = plain("Short.", "Anna Berg was born. " * 40), {"template": str(tmp_path / "template.txt")}
+    with pytest.raises(LoceditError, match="item 't1': .* tokens do not fit"):
+        find_spans(texts, "annotator", annotator=tiny.model("gpt2"), **given)

@@ -95,15 +95,26 @@ def test_no_option_of_a_rule_has_the_name_of_one_of_the_command(rule: str) -> No
         (("{texts}", "--verify"), "verify='context' needs a model"),
         (("./none", "{texts}", "--rule", "surprisal", "--by", "difference"), "give scorer"),
         (("{texts}", "--rest", "r.jsonl"), "--rest needs a model"),
+        (("./none", "{texts}", "--rest", "{out}"), "is the file of --out"),
+        (("./none", "{texts}", "--rest", "{texts}/r.jsonl"), "texts.txt is a file"),
+        (("{model}", "{texts}", "--rule", "surprisal", "--scorer", "./none"), "model folder './none' does not exist"),
+        (("{model}", "{texts}", "--verify", "annotator", "--annotator", "{texts}"), "texts.txt' is a file"),
         (("./none", "{texts}", "--names", "none.txt"), "none.txt: no such file"),
         (("./none", "{texts}", "--rule", "fields", "--values", "none.jsonl"), "none.jsonl: no such file"),
         (("./none", "{texts}", "--factor", "0", "--verify"), "factor=0.0 must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: str
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    expected: str,
 ) -> None:
-    filled = [word.format(texts=folder / "texts.txt") for word in words]
+    monkeypatch.setattr("locedit.loading.read", lambda *_, **__: pytest.fail("a model was loaded"))
+    places = {"texts": folder / "texts.txt", "model": folder / "model", "out": tmp_path / "o.jsonl"}
+    filled = [word.format(**places) for word in words]
     assert run("spans", *filled, "--out", tmp_path / "o.jsonl") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line

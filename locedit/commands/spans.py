@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from pathlib import Path
 
+from locedit import loading
 from locedit.commands.inputs import read_data, read_model
 from locedit.errors import LoceditError
 from locedit.options import parse
-from locedit.storage import refuse_overwrite
+from locedit.storage import refuse_overwrite, require_folder
 from locedit.terminal import note, table
 
 
@@ -21,9 +23,15 @@ def spans_command(args: argparse.Namespace) -> None:
     check_models(args.rule, check, chosen, given)
     if args.rest and args.model is None:
         raise LoceditError("--rest needs a model: its tokens say what is outside the spans; give MODEL before DATA")
+    if args.rest is not None and Path(args.rest).resolve() == Path(args.out).resolve():
+        raise LoceditError(f"--rest {args.rest!r} is the file of --out; give each its own")
     for path in (args.out, args.rest):
         if path is not None:
+            require_folder(Path(path).parent)
             refuse_overwrite(path, force=args.force)
+    for source in (args.scorer, args.annotator):
+        if source not in (None, "start"):
+            loading.check(source)
     task = read_data(args)
     model = read_model(args) if args.model else None
     found = find_spans(

@@ -77,21 +77,23 @@ def by_model(source: Source, options: AnnotatorOptions) -> Sequence[Proposal]:
     offline selection of SeUL (arXiv:2402.05813), which asked a hosted model in context.
     """
     model = source.require("annotator", "model", by="annotator")
-    answers = ask(model, options.prompts([text_of(item) for item in source.data]), options)
+    prompts = options.prompts([text_of(item) for item in source.data])
+    answers = ask(model, prompts, options, names=[item.id for item in source.data])
     rows = zip(source.data, answers, strict=True)
     return [by_pieces(item, pieces_of(answer)) for item, answer in rows]
 
 
-def ask(model: Model, prompts: Sequence[str], options: AnnotatorOptions) -> list[str]:
-    """The model's greedy answers."""
-    asked = [Fact(prompt=prompt.rstrip(" "), answer=" none", id=str(at)) for at, prompt in enumerate(prompts)]
+def ask(model: Model, prompts: Sequence[str], options: AnnotatorOptions, *, names: Sequence[str]) -> list[str]:
+    """The model's greedy answers; `names` are of the prompts, for what is said of one that does not fit."""
+    rows = zip(names, prompts, strict=True)
+    asked = [Fact(prompt=prompt.rstrip(" "), answer=" none", id=name) for name, prompt in rows]
     examples = [example.prompt() for example in encode(model, asked, chat=options.annotator_chat)]
     answers: dict[str, str] = {}
     for batch in batches(examples, model, options.batch_size):
         written = model.generate(batch, max_new_tokens=options.max_new_tokens)
         for example, ids in zip(batch.examples, written, strict=True):
             answers[example.id] = model.tokenizer.decode(ids, skip_special_tokens=True)
-    return [answers[str(at)] for at in range(len(prompts))]
+    return [answers[name] for name in names]
 
 
 def pieces_of(answer: str) -> list[str]:
