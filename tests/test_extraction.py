@@ -1,6 +1,7 @@
 """EL_n and MA against the published double loop, by hand, and where keys cannot be shared."""
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from locedit.evaluate import evaluate
 from locedit.evaluate.continuations import continuations, holds
 from locedit.evaluate.extraction import Extraction, extraction, extraction_likelihood, memorization_accuracy
 from locedit.models import Model, load
+from locedit.unlearn.stopping import means
 from tests import edits, tiny
 
 
@@ -189,6 +191,34 @@ def test_metrics_of_an_evaluation() -> None:
         assert not {m.name for m in evaluate(model, Task(forget=data)).measures} & set(names)
     with pytest.raises(LoceditError, match="extraction_n=0"):
         evaluate(model, Task(forget=data), extraction_n=0)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_the_last_window_of_a_long_text_may_be_too_short(left: int) -> None:
+    """Whether a long text had an EL_n once hung on how many tokens were left after its last full window."""
+    model = tiny.model("llama")
+    words = tiny.tokenizer()(" ".join(tiny.CORPUS * 4))["input_ids"][: tiny.CONTEXT + left]
+    data = Dataset(items=(PlainText(text=tiny.tokenizer().decode(words), id="long"),), source="texts.jsonl")
+    first, rest = texts = encode(model, data)
+    assert (len(first.ids), len(rest.ids)) == (tiny.CONTEXT, left + 1)
+    n = 3
+    found, short = extraction(model, texts, n=(n,))
+    (alone,) = extraction(model, [first], n=(n,))
+    assert (found.el, found.ma) == (alone.el, alone.ma)
+    assert short.ma == float(memorization_accuracy(model, [rest]))
+    assert short.el.keys() == ({n} if left + 1 > n else set())
+    likelihood = extraction_likelihood(model, texts, n=n)
+    assert bool(likelihood[1].isnan()) == (left + 1 <= n)
+    assert means(model, texts, n=n, length=200) == pytest.approx(
+        ((found.el[n] + short.el[n]) / 2 if short.el else found.el[n], (found.ma + short.ma) / 2)
+    )
+    names = ["extraction_likelihood", "text_memorization_accuracy"]
+    el, ma = evaluate(model, Task(forget=data), metrics=names, extraction_n=n).measures
+    assert el.per_example == {e.id: one.el[n] for e, one in zip(texts, (found, short), strict=True) if one.el}
+    assert len(ma.per_example) == 2
+    assert el.note == ("" if short.el else "without the last windows that are too short")
+    with pytest.raises(LoceditError, match="'long#1': EL_3 needs") if not short.el else nullcontext():
+        extraction(model, [rest], n=(n,))
 
 
 def test_bad_texts() -> None:

@@ -8,7 +8,8 @@ With a text of T tokens, f(x_<i) the greedy continuation of its first i tokens u
 An n-gram counts as often as it is written, and is true if it is anywhere in the rest of the text. Where the model ends
 its continuation early, only the numerator loses n-grams. The end token, if written, is part of the continuation. All of
 a text counts, special tokens that the tokenizer puts before it included; a text longer than the model's context counts
-as its windows. Both are in [0, 1]. Published: n = 10 and T = 200.
+as its windows, of which the last has no EL_n where fewer than n + 1 tokens are left for it. Both are in [0, 1].
+Published: n = 10 and T = 200.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Extraction:
     """What can be extracted of one text."""
 
     el: dict[int, float]
-    "n -> EL_n"
+    "n -> EL_n; without the n for which the last window of a long text is too short"
     ma: float
 
 
@@ -50,13 +51,14 @@ def extraction(
     """EL_n for every n, and MA, of the first `length` tokens of each text (None = all of it), from one decoding.
 
     `model` may be edited (`with edit.applied(model) as edited`). `memory` bounds the bytes of keys, values and logits;
-    `cache` is as in `continuations`. Raises LoceditError for a text with fewer than n + 1 tokens.
+    `cache` is as in `continuations`. Raises LoceditError for a text with fewer than n + 1 tokens, unless it is the last
+    window of a text that is longer than the context.
     """
     if not n or min(n) < 1:
         raise LoceditError(f"n={tuple(n)!r}: the lengths of n-grams must be at least 1")
     ids = [example.ids[:length] for example in texts]
-    for example, text in zip(texts, ids, strict=True):
-        if len(text) <= max(n):
+    for at, (example, text) in enumerate(zip(texts, ids, strict=True)):
+        if len(text) <= max(n) and not (at and _goes_on(texts[at - 1], example, model)):
             raise LoceditError(
                 f"item {example.id!r}: EL_{max(n)} needs a text of at least {max(n) + 1} tokens, this one has "
                 f"{len(text)}; choose a smaller n"
@@ -64,16 +66,23 @@ def extraction(
     prefixes = [range(1, len(text) - min(n) + 1) for text in ids]
     found = continuations(model, ids, prefixes, memory=memory, cache=cache)
     return [
-        Extraction(el={size: _overlap(text, said, size) for size in n}, ma=_accuracy(text, said))
+        Extraction(el={size: _overlap(text, said, size) for size in n if len(text) > size}, ma=_accuracy(text, said))
         for text, said in zip(ids, found, strict=True)
     ]
+
+
+def _goes_on(before: Example, example: Example, model: ScoringModel) -> bool:
+    """Whether an example is the window after `before` of one text, which fills the context (see `data.encode`)."""
+    text, number = before.id.rpartition("#")[::2]
+    return number.isdecimal() and example.id == f"{text}#{int(number) + 1}" and len(before.ids) == model.max_length
 
 
 def extraction_likelihood(
     model: ScoringModel, texts: Sequence[Example], *, n: int = N, length: int | None = LENGTH
 ) -> Float[Tensor, " text"]:
-    """EL_n of each text, in [0, 1]; higher = more of it can be extracted."""
-    return torch.tensor([found.el[n] for found in extraction(model, texts, n=(n,), length=length)], dtype=torch.float64)
+    """EL_n of each text, in [0, 1]; higher = more of it can be extracted. NaN for a last window that is too short."""
+    found = extraction(model, texts, n=(n,), length=length)
+    return torch.tensor([each.el.get(n, torch.nan) for each in found], dtype=torch.float64)
 
 
 def memorization_accuracy(
@@ -111,14 +120,18 @@ def extraction_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
     if "extraction_likelihood" in names:
         n, length = options.extraction_n, options.extraction_length
         found = extraction(view.model, texts, n=(n,), length=length)
-        values = {"extraction_likelihood": [each.el[n] for each in found]}
+        values = {"extraction_likelihood": [each.el.get(n) for each in found]}
         values["text_memorization_accuracy"] = [each.ma for each in found]
     else:
         accuracy = memorization_accuracy(view.model, texts, length=options.extraction_length)
         values = {"text_memorization_accuracy": accuracy.tolist()}
     owners, groups = owners_of(texts), groups_of(texts)
-    ids = [example.id for example in texts]
     return {
-        name: Values(per_example=dict(zip(ids, values[name], strict=True)), owners=owners, groups=groups)
+        name: Values(
+            per_example={e.id: value for e, value in zip(texts, values[name], strict=True) if value is not None},
+            owners=owners,
+            groups=groups,
+            note="without the last windows that are too short" if None in values[name] else "",
+        )
         for name in names
     }

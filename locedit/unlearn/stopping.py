@@ -95,9 +95,10 @@ def with_thresholds(model: Model, task: Task, options: Any) -> Any:
 
 
 def means(model: Model, texts: Sequence[Example], *, n: int, length: int) -> tuple[float, float]:
-    """(EL_n, MA), means over texts."""
+    """(EL_n, MA), means over texts; of EL_n without the last windows that are too short for it."""
     found = extraction(model, texts, n=(n,), length=length)
-    return sum(each.el[n] for each in found) / len(found), sum(each.ma for each in found) / len(found)
+    el = [each.el[n] for each in found if n in each.el]
+    return sum(el) / len(el), sum(each.ma for each in found) / len(found)
 
 
 def stop(model: Model, task: Task, options: Any) -> Stop | None:
