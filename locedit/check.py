@@ -82,19 +82,21 @@ def _localizers(model: Model, task: Task) -> Iterator[str]:
             sizes[name] = memory(model, method.reads(task)[1], method, settings)
         except LoceditError as error:
             refused[name] = str(error)
-    yield f"localize can run: {', '.join(sizes) or 'nothing'}"
-    for name, reason in refused.items():
-        yield f"         {reason if name in reason else f'{name}: {reason}'}"
+    costs: list[str] = []
     start = time.perf_counter()
     for name, size in sorted(sizes.items(), key=lambda item: item[1]):
         line = f"cost     {name}: {size / 2**30:.2f} GiB beside the model"
         if time.perf_counter() - start > TIMED:
-            yield f"{line}; not timed"
+            costs.append(f"{line}; not timed")
             continue
         try:
-            yield f"{line}, about {quick_estimate(model, task, name).seconds:.1f} s"
+            costs.append(f"{line}, about {quick_estimate(model, task, name).seconds:.1f} s")
         except LoceditError as error:
-            yield f"cost     {name} cannot run: {error}"
+            refused[name] = str(error)
+    yield f"localize can run: {', '.join(name for name in sizes if name not in refused) or 'nothing'}"
+    for name, reason in refused.items():
+        yield f"         {reason if name in reason else f'{name}: {reason}'}"
+    yield from costs
 
 
 def _ready(task: Task) -> tuple[list[str], list[str]]:

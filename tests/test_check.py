@@ -4,12 +4,16 @@
 multiplied into another.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from locedit.check import check, knowledge
 from locedit.data import Dataset, Fact, Task, encode
+from locedit.errors import LoceditError
 from locedit.losses import nll_of_examples
+from locedit.models import Model
 from tests import tiny
 
 
@@ -45,9 +49,26 @@ def test_it_says_which_localizers_can_run_why_not_and_what_they_cost() -> None:
     assert "dpo" not in able
     assert any("dpo needs 'retain' data" in line or "dpo needs retain data" in line for line in reasons)
     costs = [line for line in lines if line.startswith("cost")]
-    assert [line.split()[1].rstrip(":") for line in costs if "cannot" not in line]
-    assert len(costs) == len(named)
-    assert all("GiB" in line or "cannot run" in line for line in costs)
+    assert {line.split()[1].rstrip(":") for line in costs} == set(named)
+    assert all("GiB" in line for line in costs)
+
+
+def test_what_cannot_be_timed_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was once listed under what can run, and said to be unable to further down."""
+
+    def quick(_: Model, __: Task, name: str) -> object:
+        if name == "depn":
+            raise LoceditError("depn does not go with these data")
+        return SimpleNamespace(seconds=1.0)
+
+    monkeypatch.setattr("locedit.localize.quick_estimate", quick)
+    facts = [Fact(prompt="Anna Berg was born in", answer=" Oslo", id="a")]
+    lines = list(check(tiny.model("gpt2"), Task(forget=Dataset(items=tuple(facts), source="facts.jsonl"))))
+    able = next(line for line in lines if line.startswith("localize can run")).partition(": ")[2].split(", ")
+    assert "magnitude" in able
+    assert "depn" not in able
+    assert "         depn does not go with these data" in lines
+    assert not any(line.startswith("cost     depn") for line in lines)
 
 
 def test_timing_stops_when_it_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
