@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from locedit.cli import main
+from locedit.models import load
 from tests import tiny
 
 FACTS = [
@@ -516,6 +517,10 @@ def test_pairs_go_through_the_command_line(folder: Path, tmp_path: Path) -> None
         (["edit", "{model}", "{task}", "--requests", "owners", "--out", "{out}"], "did you mean 'owner'"),
         (["edit", "{model}", "{task}", "--requests", ",", "--out", "{out}"], "neither a file nor a field"),
         (["edit", "{model}", "{task}", "--method", "dpo", "--out", "{out}"], "--preferred new_answer"),
+        (
+            ["edit", "{model}", "{task}", "--method", "npo+gaa", "--out", "{out}"],
+            "'gaa' in 'npo+gaa'; did you mean 'ga'",
+        ),
     ],
 )
 def test_said_before_the_model_is_loaded(
@@ -546,6 +551,25 @@ def test_options_of_metrics(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert "choose a smaller n" in failed(capsys, *words, "--extraction-n", 50, "--out", tmp_path / "a")
     assert run(*words, "--extraction-n", 2, "--batch-size", 3, "--out", tmp_path / "a") == 0
     assert "extraction_n was 2, is 3" in failed(capsys, *words, "--extraction-n", 3, "--out", tmp_path / "a")
+
+
+def test_an_edit_says_a_thing_once_and_rounded_and_its_export_nothing_else(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, task = load(str(folder / "model")), folder / "task"
+    embedding = next(name for name in model.sites("row") if "embed" in name)
+    (model.components({embedding: [5, 6]}) | model.components({"blocks.0.mlp.neuron": [1, 2]})).save(
+        tmp_path / "s.json"
+    )
+    words = ("--within", tmp_path / "s.json", "--method", "ga", "--steps", 1, "--out")
+    with caplog.at_level("WARNING", logger="locedit"):
+        assert run("edit", folder / "model", task, *words, tmp_path / "a", "--hold", "adapter") == 0
+        assert len([line for line in caplog.messages if "leaves out what is no linear map" in line]) == 1
+        assert run("edit", folder / "model", task, *words, tmp_path / "b", "--until", "0.000012345678") == 0
+        assert caplog.messages[-1].endswith("after 1 steps, not 1.23e-05")
+    capfd.readouterr()
+    assert run("export", folder / "model", "--edit", tmp_path / "b" / "edit", "--out", tmp_path / "edited") == 0
+    assert capfd.readouterr().err.startswith(f"{tmp_path / 'edited'}: the edited model"), "no progress bar of others"
 
 
 def test_debug_shows_the_traceback(folder: Path, tmp_path: Path) -> None:

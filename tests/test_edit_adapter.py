@@ -14,7 +14,7 @@ from locedit.edit.adapter import Lora, linear_pieces
 from locedit.edit.restrict import holders, out_axis
 from locedit.errors import LoceditError
 from locedit.models import Model, load
-from locedit.unlearn import unlearn
+from locedit.unlearn import prepare, unlearn
 from tests import edits, tiny
 
 SETTINGS: dict[str, Any] = {"steps": 6, "learning_rate": 1e-2, "eval_every": 0, "rank": 3}
@@ -135,7 +135,12 @@ def test_what_an_adapter_cannot_hold() -> None:
     model = tiny.model("llama")
     weights = model.components({"blocks.0.mlp.out.weight": [3, 4]})
     with pytest.raises(LoceditError, match="single weights cannot be held as a LoRA adapter"):
-        unlearn(model, edits.task(), "npo", within=weights, hold="adapter", **SETTINGS)
+        linear_pieces(model, weights)
+    for name, advice in (("npo", "npo: use hold='weights' .* or a set of rows"), ("loku", "loku: use a set of rows")):
+        with pytest.raises(LoceditError, match=f"single weights cannot be held as a LoRA adapter; {advice}"):
+            prepare(name, edits.task(), within=weights, hold="adapter")
+    whole = model.everything("weight")
+    prepare("npo", edits.task(), within=whole, hold="adapter")
     norm = model.components({"model.norm.weight:matrix": [0]})
     with pytest.raises(LoceditError, match="touches no weight of a linear map"):
         unlearn(model, edits.task(), "npo", within=norm, hold="adapter", **SETTINGS)
@@ -212,6 +217,8 @@ def test_matrices_that_are_no_linear_map_of_their_own_are_named(caplog: pytest.L
     assert [r.getMessage() for r in caplog.records] == [
         "hold='adapter' leaves out what is no linear map of its own: model.embed_tokens.weight"
     ]
+    linear_pieces(model, within, log_left_out=False)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "bert"])

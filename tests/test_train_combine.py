@@ -122,7 +122,9 @@ def test_what_cannot_be_combined_says_so() -> None:
         ("npo+pcgu", r"pcgu cannot be combined with other methods \(pairs\)"),
         ("npo+-1*ga", "weight -1 of ga: a weight of a combination is above 0"),
         ("npo+nan*ga", "weight nan of ga"),
-        ("npo+nothing", "unknown unlearning method 'npo.nothing'"),
+        ("npo+0.5*gaa", r"unknown unlearning method 'gaa' in 'npo.0.5.gaa'; did you mean 'ga'\?"),
+        ("npo+nothing", "unknown unlearning method 'nothing' in 'npo.nothing'; choices"),
+        ("gaa", r"unknown unlearning method 'gaa'; did you mean 'ga'\?"),
         ("npo+npo", "unknown unlearning method 'npo.npo'"),
         ("npo+x*ga", "unknown unlearning method"),
     ):

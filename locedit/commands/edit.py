@@ -28,6 +28,7 @@ def edit_command(args: argparse.Namespace) -> None:
     if args.requests:
         requests_command(args)
         return
+    METHODS.require(args.method)
     options = method_options(METHODS, args.method, args.extra)
     if args.controls and not args.within:
         raise LoceditError("--controls compares a set with random sets of the same size; give --within")
@@ -179,7 +180,7 @@ def _say_memory(model: Model, within: ComponentSet | None, hold: str, *, rank: i
     if hold == "adapter":
         from locedit.edit.adapter import linear_pieces
 
-        count = rank * sum(sum(piece.shape) for piece in linear_pieces(model, within))
+        count = rank * sum(sum(piece.shape) for piece in linear_pieces(model, within, log_left_out=False))
     else:
         count = total if within is None else within.parameters("train")
     note(

@@ -23,6 +23,7 @@ def requests_command(args: argparse.Namespace) -> None:
     from locedit.unlearn import METHODS
     from locedit.unlearn.requests import check_requests, unlearn_requests
 
+    METHODS.require(args.method)
     options = method_options(METHODS, args.method, args.extra)
     if args.controls:
         raise LoceditError("--controls compares one edit with random sets; leave it out with --requests")

@@ -164,15 +164,21 @@ def adapters_active(model: Model, adapters: Sequence[LowRank]) -> Generator[None
         yield
 
 
-def linear_pieces(model: Model, within: ComponentSet | None) -> list[Piece]:
+def refuse_single_weights(within: ComponentSet, *, advice: str) -> None:
+    """Raise LoceditError for a set with a part of a parameter that is neither rows nor columns of it."""
+    if any(t.axis is None and t.index is not None for t in within.touched("train")):
+        raise LoceditError(f"single weights cannot be held as a LoRA adapter; {advice}")
+
+
+def linear_pieces(model: Model, within: ComponentSet | None, *, log_left_out: bool = True) -> list[Piece]:
     """The weights of untied linear maps that the set touches; without a set, every linear map of the blocks.
 
     Biases and norms are left out. So are matrices that are no linear map of their own (embeddings, an output layer tied
     to them, tensors of experts); the log names them.
     """
+    if within is not None:
+        refuse_single_weights(within, advice="use a set of rows or columns, or hold='weights' where the method has it")
     touched = model.everything("matrix").touched("train") if within is None else within.touched("train")
-    if any(t.axis is None and t.index is not None for t in touched):
-        raise LoceditError("single weights cannot be held as a LoRA adapter; use hold='weights', or rows or columns")
     held = holders(model, [model.parameter(t.param) for t in touched])
     pairs = list(zip(touched, held, strict=True))
     if within is None:
@@ -183,7 +189,8 @@ def linear_pieces(model: Model, within: ComponentSet | None) -> list[Piece]:
     ]
     if not pieces:
         raise LoceditError("the component set touches no weight of a linear map, which hold='adapter' needs")
-    _note_left_out([t for t, found in pairs if not _is_own(found)])
+    if log_left_out:
+        _note_left_out([t for t, found in pairs if not _is_own(found)])
     return pieces
 
 

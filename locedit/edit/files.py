@@ -13,6 +13,7 @@ from locedit.edit.edit import Edit, HookAction, Patch
 from locedit.edit.peft_export import export_peft
 from locedit.edit.regions import Region
 from locedit.errors import LoceditError
+from locedit.loading import quiet
 from locedit.models import Model
 from locedit.provenance import Provenance
 from locedit.storage import atomic_folder, read_json, read_tensors, write_json, write_tensors
@@ -128,7 +129,8 @@ def export(edit: Edit, model: Model, folder: str | Path, *, force: bool) -> None
 def _save_pretrained(module: Any, folder: Path) -> None:
     """As transformers does; what safetensors cannot write is an OSError like any other."""
     try:
-        module.save_pretrained(str(folder))
+        with quiet():
+            module.save_pretrained(str(folder))
     except SafetensorError as error:
         raise OSError(str(error)) from error
 

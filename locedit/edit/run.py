@@ -189,16 +189,16 @@ class Run(Stepping):
         if self.unreached:
             log.warning("%s: no gradient reached %d of %d tensors", name, self.unreached, len(self.held.parameters))
         if self.number == 0 and self.ended == "until":
-            log.warning("%s: the model is at forget level %s already; nothing was trained", name, options.until)
+            log.warning("%s: the model is at forget level %.3g already; nothing was trained", name, options.until)
         elif self.number == 0:
             log.warning("%s: its stopping rule holds already; nothing was trained", name)
         elif not self.ended and options.until is not None:
             level = row["forget"]
-            log.warning("%s: forget level %.3g after %d steps, not %s", name, level, options.steps, options.until)
+            log.warning("%s: forget level %.3g after %d steps, not %.3g", name, level, options.steps, options.until)
         elif not self.ended and self.objective.stop is not None:
             log.warning("%s: its stopping rule was not met in %d steps", name, options.steps)
         if options.choose != "last" and self.kept.chosen is None:
-            log.warning("%s: no measured state has forget level %s; the last one stays", name, options.forget_at)
+            log.warning("%s: no measured state has forget level %.3g; the last one stays", name, options.forget_at)
         elif options.choose != "last" and self.at == 0:
             log.warning("%s: choose=%r takes the state before training", name, options.choose)
 

@@ -12,6 +12,7 @@ from locedit.components import ComponentSet
 from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task, as_task
 from locedit.edit import ablation
+from locedit.edit.adapter import refuse_single_weights
 from locedit.edit.edit import Edit
 from locedit.edit.levels import levels
 from locedit.edit.objective import Objective
@@ -85,7 +86,7 @@ _ablation = functools.partial(
 )
 _loss = functools.partial(Method, requires=("forget", "retain"))
 
-METHODS: dict[str, Method] = Methods({
+METHODS = Methods({
     "zero": _ablation(function=_zero, options=NoOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
     "mean": _ablation(function=_mean, options=NoOptions, paper="Wang et al. 2023, arXiv:2211.00593"),
     "scale": _ablation(function=_scale, options=ScaleOptions, paper="Dai et al. 2022, arXiv:2104.08696"),
@@ -302,8 +303,7 @@ def prepare(
     name: str, task: Task, *, within: ComponentSet | None = None, hold: str | None = None, **options: Any
 ) -> Any:
     """The method's options, filled and checked against the task; needs no model, so it can run before loading one."""
-    if name not in METHODS:
-        raise LoceditError(f"unknown unlearning method {name!r}; {nearest(name, METHODS)}")
+    METHODS.require(name)
     method = METHODS[name]
     chosen = option_values.fill(method.options, options, method=name)
     hold = hold or method.holds[0]
@@ -317,6 +317,9 @@ def prepare(
         raise LoceditError(f"{name}: the component set is empty: there is nothing to change")
     if within is not None and not method.restrictable:
         raise LoceditError(f"{name} cannot be restricted to a component set; leave out --within")
+    if within is not None and hold == "adapter" and within.masks:
+        other = "hold='weights' (--hold weights), or " if "weights" in method.holds else ""
+        refuse_single_weights(within, advice=f"{name}: use {other}a set of rows, columns, neurons, heads or matrices")
     require(name, task, chosen)
     return chosen
 

@@ -40,6 +40,14 @@ class Methods(dict[str, Method]):
             raise KeyError(name)
         return combine(parts, self)
 
+    def require(self, name: str) -> None:
+        """Raise LoceditError for a name that is no method and no combination of methods, naming the part at fault."""
+        if name in self:
+            return
+        wrong = next((part for part in _read(name) or () if not super(Methods, self).__contains__(part)), name)
+        where = "" if wrong == name else f" in {name!r}"
+        raise LoceditError(f"unknown unlearning method {wrong!r}{where}; {nearest(wrong, self)}")
+
     def __contains__(self, name: object) -> bool:
         if super().__contains__(name):
             return True

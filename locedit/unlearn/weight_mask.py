@@ -197,7 +197,7 @@ class _Curve:
         reached = [count for count in sorted(self.rows) if self.rows[count]["forget"] <= until]
         if not reached:
             lowest = min(self.rows, key=lambda k: self.rows[k]["forget"])
-            log.warning("weight_mask: forget level %.3g at best, not %s", self.rows[lowest]["forget"], until)
+            log.warning("weight_mask: forget level %.3g at best, not %.3g", self.rows[lowest]["forget"], until)
             return lowest
         return self._between(reached[0], until) if self.options.match == "interpolate" else reached[0]
 
