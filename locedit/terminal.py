@@ -1,5 +1,6 @@
 """What a person at a terminal sees: notes and progress bars on stderr, tables on stdout."""
 
+import logging
 import shutil
 import sys
 import textwrap
@@ -13,6 +14,23 @@ def note(message: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def showing_messages() -> Generator[None]:
+    """What locedit logs inside the block, warnings and what is not a warning, as lines on stderr.
+
+    The handler is the root's, as Python's own of last resort is, so that other libraries' warnings stay visible too.
+    """
+    handler, root, own = logging.StreamHandler(), logging.getLogger(), logging.getLogger("locedit")
+    level = own.level
+    root.addHandler(handler)
+    own.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        own.setLevel(level)
 
 
 @contextmanager

@@ -305,16 +305,20 @@ def test_a_killed_command_started_again_makes_the_same_edit(tmp_path: Path) -> N
 
     def start(out: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "locedit.cli", *words, out]
-        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
 
-    assert start("whole").wait() == 0
+    whole = start("whole")
+    assert b"goes on" not in whole.communicate()[1]
+    assert whole.returncode == 0
     killed = start("killed")
     while not list((tmp_path / "killed").glob("unfinished/*.safetensors")):
         assert killed.poll() is None, "the command ended before it was killed"
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     assert not (tmp_path / "killed" / "edit").exists()
-    assert start("killed").wait() == 0
+    again = start("killed")
+    assert b"npo+0.5*ga: goes on after step " in again.communicate()[1]
+    assert again.returncode == 0
     assert Edit.load(tmp_path / "killed" / "edit").digest == Edit.load(tmp_path / "whole" / "edit").digest
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["edit", "run.json"]

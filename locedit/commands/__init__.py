@@ -11,12 +11,12 @@ from locedit.commands.others import check_command, demo_command, lab_command
 from locedit.commands.spans import spans_command
 from locedit.commands.study import study_command
 from locedit.listing import methods_command, metrics_command
-from locedit.terminal import showing_progress
+from locedit.terminal import showing_messages, showing_progress
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed."""
-    with showing_progress():
+    with showing_messages(), showing_progress():
         _COMMANDS[args.command](args)
     return 0
 

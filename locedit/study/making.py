@@ -139,7 +139,10 @@ def _dose(edit: Edit, made: Made, curve: dict[str, list[Any]]) -> dict[str, Any]
 
 @contextmanager
 def _warnings() -> Generator[list[str]]:
-    """What locedit warns of inside the block, but for a level that was not reached, which has a table of its own."""
+    """What locedit warns of inside the block, but for a level that was not reached, which has a table of its own.
+
+    It is for the page, and so not on the terminal.
+    """
     said: list[str] = []
 
     def note(record: logging.LogRecord) -> None:
@@ -149,8 +152,10 @@ def _warnings() -> Generator[list[str]]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = note
     logger = logging.getLogger("locedit")
+    up, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
         yield said
     finally:
         logger.removeHandler(handler)
+        logger.propagate = up
