@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from locedit.report import study_figures, study_table, study_words
+from locedit.report import study_differences, study_figures, study_table, study_words
 from locedit.study import Record, Study
 
 PLACES: dict[str, Any] = {"whole model": "everything", "neurons": "found", "random like neurons": "random"}
@@ -79,15 +79,15 @@ def test_differences_are_taken_seed_by_seed() -> None:
     """The same spread in both places leaves no spread in their difference; opposite trends leave all of it."""
     study = a_study()
     npo, ga = (
-        study_words.differences(study, "retain.accuracy", "neurons", "whole model"),
-        study_words.differences(study, "retain.accuracy", "whole model", "neurons"),
+        study_differences.differences(study, "retain.accuracy", "neurons", "whole model"),
+        study_differences.differences(study, "retain.accuracy", "whole model", "neurons"),
     )
     assert [d.method for d in npo] == ["npo"]  # ga did not reach the level in the neurons
     assert npo[0].value.value == pytest.approx(0.2)
     assert npo[0].value.high - npo[0].value.low == pytest.approx(0)
     assert npo[0].sign == 1
     assert ga[0].sign == -1
-    (random,) = study_words.differences(study, "retain.accuracy", "neurons", "random like neurons")
+    (random,) = study_differences.differences(study, "retain.accuracy", "neurons", "random like neurons")
     assert random.value.value == pytest.approx(0)
     assert random.sign == 0
     values = torch.tensor([-0.2, 0.0, 0.2], dtype=torch.float64)
@@ -110,6 +110,20 @@ def test_the_sentences_say_what_the_numbers_do() -> None:
     hidden = record("shallow control", "last MLPs", 0, retain=0.9, back=0.3)
     proves = a_study(records=(*weak.records, hidden))
     assert "proves nothing" in " ".join(study_words.verdict(proves).sentences)
+
+
+def test_places_are_compared_number_by_number() -> None:
+    """The table counts what the differences are; an adapter is compared with an adapter only."""
+    view = study_differences.table(a_study())
+    assert view is not None
+    rows = {tuple(cell.text for cell in row[:3]): [cell.text for cell in row[3:]] for row in view.rows}
+    assert rows["neurons", "whole model", "retain accuracy"] == ["1", "1", "0", "+0.20"]
+    assert rows["neurons", "random like neurons", "retain accuracy"] == ["1", "0", "0", "+0.00"]
+    held = [record("npo", "neurons", 0, retain=0.5, hold="adapter"), record("npo", "whole model", 0, retain=0.5)]
+    assert study_differences.table(a_study(records=tuple(held))) is None
+    held.append(record("npo", "whole model", 0, retain=0.1, hold="adapter"))
+    (found,) = study_differences.differences(a_study(records=tuple(held)), "retain.accuracy", "neurons", "whole model")
+    assert found.value.value == pytest.approx(0.4)
 
 
 def test_relearned_numbers_never_stand_alone() -> None:

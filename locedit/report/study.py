@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from locedit.report import study_figures, study_table, study_words
+from locedit.report import study_differences, study_figures, study_table, study_words
 from locedit.report.page import FigureView, RunView, Section, embed, environment, render
 from locedit.report.tables import Column, TableView, texts
 from locedit.study.result import Study
@@ -32,11 +32,18 @@ def fragment(study: Study) -> str:
 
 
 def _sections(study: Study) -> list[Section]:
+    differences = study_differences.table(study)
     missed = [view for view in (study_table.not_reached(study), study_table.unfinished(study)) if view is not None]
     nothing = "" if missed else "Every edit reached the level."
     return [
-        Section(title="Method by method", anchor="methods", steps=study_words.by_method(study)),
         Section(title="What is kept, what comes back", anchor="figures", figures=_figures(study)),
+        Section(
+            title="Place by place",
+            anchor="places",
+            tables=[differences] if differences else [],
+            missing="" if differences else "No found set stands beside another place.",
+        ),
+        Section(title="Method by method", anchor="methods", steps=study_words.by_method(study)),
         Section(title="All numbers", anchor="table", tables=[study_table.reached(study)]),
         Section(title="Where it does not work", anchor="missing", tables=missed, missing=nothing),
         Section(title="Attacks in words", anchor="attacks", tables=[_sentences(study)]),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from locedit.report import study_table, study_words
+from locedit.report import study_differences, study_table, study_words
 from locedit.report.tables import TableView
 from locedit.study.result import Study
 
@@ -11,7 +11,8 @@ def page(study: Study) -> str:
     """The verdict and the tables, as GitHub reads them."""
     said = "\n".join(f"- {sentence}" for sentence in study_words.verdict(study).sentences)
     parts = [f"# {study.name}", study_words.subtitle(study), said]
-    for view in study_table.views(study):
+    differences = study_differences.table(study)
+    for view in [*study_table.views(study), *([differences] if differences else [])]:
         parts += [f"## {view.title}", view.caption, _table(view)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

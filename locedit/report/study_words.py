@@ -2,35 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from locedit.grading.statistics import Interval, over_seeds
+from locedit.grading.statistics import Interval
 from locedit.report import study_table
 from locedit.report.numbers import number
+from locedit.report.study_differences import compared, differences, methods_of, summary
 from locedit.report.study_table import Number, attacks_of, numbers_of
 from locedit.report.words import Verdict
 from locedit.results import Role
-from locedit.study.records import LEVEL, Record, Row
+from locedit.study.records import LEVEL, Row
 from locedit.study.result import Study
 
-SAME = 0.02
-"differences up to this are called none where there is one seed and so no interval"
 BACK = 0.5
 "share that must come back of the shallow control for an attack to mean anything"
-
-
-class Difference(NamedTuple):
-    """One method: a number inside the found set less that in another place, over the seeds that both have."""
-
-    method: str
-    value: Interval
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the interval leaves out 0, with one seed where it is more than 0.02; else 0."""
-        if math.isnan(self.value.low):
-            return 0 if abs(self.value.value) <= SAME else int(math.copysign(1, self.value.value))
-        return 1 if self.value.low > 0 else -1 if self.value.high < 0 else 0
 
 
 def subtitle(study: Study) -> str:
@@ -43,17 +27,13 @@ def subtitle(study: Study) -> str:
 def verdict(study: Study) -> Verdict:
     """What the study shows, counted over its methods."""
     lines = [*_comparisons(study), *_controls(study), *_missing(study)]
-    label = f"{len(_methods(study))} methods at a matched forget level"
+    label = f"{len(methods_of(study))} methods at a matched forget level"
     return Verdict(label=label, tone="none", sentences=tuple(lines))
 
 
 def by_method(study: Study) -> list[str]:
     """One line for each method: its places beside one another at the level."""
-    return [line for method in _methods(study) if (line := _line(study, method))]
-
-
-def _methods(study: Study) -> list[str]:
-    return [m for m in study.methods if any(r.method == m and r.role != "shallow" for r in study.records)]
+    return [line for method in methods_of(study) if (line := _line(study, method))]
 
 
 # --- one method ------------------------------------------------------------------------------------------------------
@@ -97,61 +77,27 @@ def _short(found: Interval | None) -> str:
 
 
 def _comparisons(study: Study) -> list[str]:
-    """For each found set: how many methods keep more, say less of other formats and return less, inside it."""
+    """For each found set: how many methods keep more and return less inside it than elsewhere."""
     lines: list[str] = []
-    found = dict.fromkeys(r.restriction for r in study.records if r.role == "found")
-    for place in found:
-        for other in _others(study, place):
-            told = [said for column in _headlines(study) if (said := _count(study, column, place, other))]
-            if told:
-                count = len(differences(study, LEVEL, place, other))
-                lines.append(f"{place} against {other}, {count} methods (mean difference): {'; '.join(told)}.")
+    for place, other in compared(study):
+        if told := [said for column in _headlines(study) if (said := _count(study, column, place, other))]:
+            count = len(differences(study, LEVEL, place, other))
+            lines.append(f"{place} against {other}, {count} methods (mean difference): {'; '.join(told)}.")
     return lines
 
 
-def _others(study: Study, place: str) -> list[str]:
-    there = {record.restriction for record in study.records}
-    return [name for name in ("whole model", f"random like {place}", f"all but {place}") if name in there]
-
-
 def _headlines(study: Study) -> list[Number]:
-    """Retain, the formats of the forget set, and what attacks bring back with what they keep."""
-    names = ("recovered", "never_known", "retain")
-    attacked = {f"{attack}.{name}" for attack in attacks_of(study) for name in names}
-    metric = study_table.metric_of(study)
-    keys = {f"retain.{metric}", f"forget.paraphrase_{metric}", *attacked}
-    keys |= {f"forget.{metric}[{part}]" for part in study_table.formats_of(study)}
-    return [column for column in numbers_of(study) if column.key in keys]
+    """Retain, and what attacks bring back with what they keep; the formats of the forget set are in the tables."""
+    wanted = {f"retain.{study_table.metric_of(study)}"}
+    wanted |= {f"{attack}.{name}" for attack in attacks_of(study) for name in ("recovered", "never_known", "retain")}
+    return [column for column in numbers_of(study) if column.key in wanted]
 
 
 def _count(study: Study, column: Number, place: str, other: str) -> str:
-    found = differences(study, column.key, place, other)
-    if not found:
+    if not (found := differences(study, column.key, place, other)):
         return ""
-    higher, lower = (sum(d.sign == sign for d in found) for sign in (1, -1))
-    mean = sum(d.value.value for d in found) / len(found)
+    higher, lower, mean = summary(found)
     return f"{column.words} {higher} higher, {lower} lower ({mean:+.2f})"
-
-
-def differences(study: Study, key: str, place: str, other: str) -> list[Difference]:
-    """For each method that reached the level in both places a number's difference, seed by seed."""
-    made: list[Difference] = []
-    for method in _methods(study):
-        here, there = (_by_seed(study, method, name, key) for name in (place, other))
-        both = [here[at] - there[at] for at in here if at in there]
-        if both:
-            made.append(Difference(method, over_seeds(both)))
-    return made
-
-
-def _by_seed(study: Study, method: str, place: str, key: str) -> dict[tuple[int, float], float]:
-    """(seed, target) -> the number, of edits in the weights that reached the level."""
-
-    def fits(r: Record) -> bool:
-        return (r.method, r.restriction, r.state) == (method, place, "reached") and r.hold in ("weights", "hooks")
-
-    found = {(r.seed, r.target): r.values[key] for r in study.records if fits(r) and key in r.values}
-    return {at: value for at, value in found.items() if math.isfinite(value)}
 
 
 def _controls(study: Study) -> list[str]:
