@@ -1,6 +1,6 @@
 """EL_n and memorization accuracy against the published double loop, which generates anew after every prefix.
 
-    python -m benchmarks.extraction [--models gpt2,llama] [--layers 4] [--width 128] [--pos 64] [--texts 2]
+    python -m benchmarks.extraction [--models gpt2,llama] [--layers 4] [--width 128] [--pos 64] [--texts 8]
 
 Random models with a vocabulary of 2000, float32, one CPU thread. The texts are written by the model itself, every
 twelfth token ("known") or every other token ("forgotten") replaced; the less a text is known, the more has to be
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--pos", default="64", help="tokens a text")
-    parser.add_argument("--texts", type=int, default=2)
+    parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
