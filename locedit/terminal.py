@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from locedit.progress import listening
 
@@ -16,13 +17,21 @@ def note(message: str) -> None:
     sys.stderr.flush()
 
 
+class _Lines(logging.StreamHandler[Any]):
+    """Messages as lines on stderr."""
+
+
 @contextmanager
 def showing_messages() -> Generator[None]:
     """What locedit logs inside the block, warnings and what is not a warning, as lines on stderr.
 
     The handler is the root's, as Python's own of last resort is, so that other libraries' warnings stay visible too.
+    A command inside a command (as in the demo) adds none.
     """
-    handler, root, own = logging.StreamHandler(), logging.getLogger(), logging.getLogger("locedit")
+    handler, root, own = _Lines(), logging.getLogger(), logging.getLogger("locedit")
+    if any(isinstance(other, _Lines) for other in root.handlers):
+        yield
+        return
     level = own.level
     root.addHandler(handler)
     own.setLevel(logging.INFO)
