@@ -33,6 +33,8 @@ from locedit.models import Model
 POINTS = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
 """Places of a block where the whole value can be perturbed, as in `points`."""
 COMPONENT_POINTS = {"neuron": "mlp.hook_post", "head": "attn.hook_z", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+SCALES = (2.0**14, 2.0**7)
+"factors of the loss that are tried in float16"
 PUBLISHED: dict[str, Any] = {
     "attack_steps": 6,
     "eps": 8.0,
@@ -143,13 +145,30 @@ def ascend(
 
 
 def _gradients(model: Model, batch: Batch, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the sum over examples of the mean over scored tokens of -log p."""
+    """Of the sum over examples of the mean over scored tokens of -log p, up to a factor: only its direction counts.
+
+    In float16 the gradient of an answer that is almost sure underflows; there the loss is scaled first, unless that
+    makes the gradient overflow.
+    """
     leaves = {point: delta.detach().requires_grad_() for point, delta in deltas.items()}
     with torch.enable_grad(), perturbed(model, leaves):
         total = losses.sequence_nll(losses.score(model, batch)).sum()
         with torch.autocast(total.device.type, enabled=False):
-            found = torch.autograd.grad(total, list(leaves.values()))
+            *higher, last = (*SCALES, 1.0) if _in_float16(model) else (1.0,)
+            for scale in higher:
+                found = torch.autograd.grad(total * scale, list(leaves.values()), retain_graph=True)
+                if all(bool(gradient.isfinite().all()) for gradient in found):
+                    return dict(zip(leaves, found, strict=True))
+            found = torch.autograd.grad(total * last, list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
+
+
+def _in_float16(model: Model) -> bool:
+    """Whether values of the forward pass are float16, by the checkpoint or by autocast."""
+    device = model.device.type
+    return model.dtype == torch.float16 or (
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from locedit.edit.regions import regions
 from locedit.edit.restrict import Deltas
 from locedit.errors import LoceditError
 from locedit.lab import Lab
-from locedit.models import Model
+from locedit.models import Model, load
 from locedit.perturbation import AscentOptions, Place, ascend, perturbed
 from locedit.unlearn import latent, prepare, unlearn
 from locedit.unlearn.latent import (
@@ -312,3 +312,21 @@ def test_after_adv_npo_the_same_attack_recovers_less_than_after_npo(tiny_lab: La
                 found.setdefault(name, []).append(float(recovered))
     assert found["npo"][-1] > 0.2
     assert found["adv_npo"][-1] < found["npo"][-1]
+
+
+def test_in_float16_the_attack_on_answers_that_are_almost_sure_keeps_its_direction(tiny_lab: Lab) -> None:
+    """With the last norm four times as large the loss is about 0 and its float16 gradient underflows if not scaled."""
+    found: dict[str, Tensor] = {}
+    for dtype in ("float32", "float16"):
+        model = load(str(tiny_lab.folder / "model"), dtype=dtype, device="cpu")
+        norm = model.module.transformer.ln_f
+        with torch.no_grad():
+            norm.weight.mul_(4)
+            norm.bias.mul_(4)
+        batch = collate(encode(model, tiny_lab.task.forget.where(format="statement"))[:12], model)
+        options = AscentOptions(attack_steps=1, start="zero", eps=0.3)
+        found[dtype] = ascend(model, batch, [Place(point="blocks.1.hook_resid_pre")], options)[
+            "blocks.1.hook_resid_pre"
+        ].flatten(1)
+    assert (found["float16"].norm(dim=1) > 0).all()
+    assert torch.nn.functional.cosine_similarity(found["float16"], found["float32"]).median() > 0.95
