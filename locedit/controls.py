@@ -158,7 +158,7 @@ class _Trained:
         if edit is None or not self.followed() <= set(edit.history):
             edit = self._train(within, until=level if level is not None else self.options.until)
         found = self._rows(edit)
-        reached = level if level is not None else self.returned(edit, found)["forget"]
+        reached = level if level is not None else edit.history["forget"][edit.row]
         controls: list[_Control] = [
             ("random", f"random {seed}", seed, other) for seed, other in random_sets(within, seeds).items()
         ]
@@ -192,11 +192,6 @@ class _Trained:
         """The data whose levels the history has."""
         return set(self.probes)
 
-    def returned(self, edit: Edit, rows: Sequence[Row]) -> Row:
-        """The measured row of the state that a training returned: the last, unless it says so."""
-        step = edit.outcome.get("chosen", {}).get("step")
-        return next((row for row in rows if row["steps"] == step), rows[-1])
-
 
 class _Curved(_Trained):
     """Dose = weights, of a recipe whose history is a curve over them."""
@@ -210,10 +205,7 @@ class _Curved(_Trained):
         return made
 
     def followed(self) -> set[str]:
-        return set(self.probes) - {"neighbours"}
-
-    def returned(self, edit: Edit, rows: Sequence[Row]) -> Row:
-        return next(row for row in rows if row[self.x_name] == edit.outcome["zeroed"])
+        return set(self.probes) & {"forget", "retain"}  # all that a recipe measures
 
 
 # --- doses in components ---------------------------------------------------------------------------------------------

@@ -18,20 +18,8 @@ def say_edit(edit: Edit, *, kind: str) -> None:
 
 def ends(edit: Edit) -> dict[str, tuple[float, float]]:
     """forget and, where it was measured, retain -> its level without the edit and with it."""
-    history, at = edit.history, _row(edit)
-    return {name: (history[name][0], history[name][at]) for name in ("forget", "retain") if name in history}
-
-
-def _row(edit: Edit) -> int:
-    """The row of the history that is the edit: the last, unless another state or number of weights was chosen."""
-    history, outcome = edit.history, edit.outcome
-    if "zeroed" in outcome:
-        return history["weights"].index(outcome["zeroed"])
-    *first, last = outcome.get("chunks", [outcome])
-    if "chosen" not in last:
-        return -1
-    step = sum(part["steps"] for part in first) + last["chosen"]["step"]
-    return max(at for at, other in enumerate(history["step"]) if other <= step)
+    history = edit.history
+    return {name: (history[name][0], history[name][edit.row]) for name in ("forget", "retain") if name in history}
 
 
 def dose(edit: Edit) -> str:

@@ -129,6 +129,17 @@ class Edit:
     def __repr__(self) -> str:
         return f"Edit({self})"
 
+    @property
+    def row(self) -> int:
+        """The row of the history that is this edit: the last, unless another state or number of weights was chosen."""
+        if "zeroed" in self.outcome:
+            return self.history["weights"].index(self.outcome["zeroed"])
+        *first, last = self.outcome.get("chunks", [self.outcome])
+        if "chosen" not in last:
+            return len(next(iter(self.history.values()), ())) - 1
+        step = sum(part["steps"] for part in first) + last["chosen"]["step"]
+        return max(at for at, other in enumerate(self.history["step"]) if other <= step)
+
     def summary(self) -> dict[str, Any]:
         """What a report says about the edit, as JSON values."""
         provenance = self.provenance.to_json() if self.provenance else None
