@@ -33,8 +33,8 @@ from locedit.models import Model
 POINTS = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
 """Places of a block where the whole value can be perturbed, as in `points`."""
 COMPONENT_POINTS = {"neuron": "mlp.hook_post", "head": "attn.hook_z", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
-SCALES = (2.0**14, 2.0**7)
-"factors of the loss that are tried in float16"
+SCALES = (2.0**14, 2.0**7, 1.0)
+"factors of the loss that are tried in float16, the first that overflows nowhere is taken"
 PUBLISHED: dict[str, Any] = {
     "attack_steps": 6,
     "eps": 8.0,
@@ -154,13 +154,11 @@ def _gradients(model: Model, batch: Batch, deltas: Mapping[str, Tensor]) -> dict
     with torch.enable_grad(), perturbed(model, leaves):
         total = losses.sequence_nll(losses.score(model, batch)).sum()
         with torch.autocast(total.device.type, enabled=False):
-            *higher, last = (*SCALES, 1.0) if _in_float16(model) else (1.0,)
-            for scale in higher:
-                found = torch.autograd.grad(total * scale, list(leaves.values()), retain_graph=True)
-                if all(bool(gradient.isfinite().all()) for gradient in found):
+            for scale in SCALES if _in_float16(model) else (1.0,):
+                found = torch.autograd.grad(total * scale, list(leaves.values()), retain_graph=scale != 1)
+                if scale == 1 or all(bool(gradient.isfinite().all()) for gradient in found):
                     return dict(zip(leaves, found, strict=True))
-            found = torch.autograd.grad(total * last, list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+    raise AssertionError("the last scale is 1")
 
 
 def _in_float16(model: Model) -> bool:
