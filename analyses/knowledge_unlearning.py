@@ -23,6 +23,8 @@ from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset, PlainText, PrivateText, Task
 from locedit.losses import nll_of_examples
 from locedit.models import Model
+from locedit.report import study_markdown
+from locedit.report.tables import Column, TableView, texts
 from locedit.storage import write_text
 from locedit.unlearn import stopping
 
@@ -116,19 +118,27 @@ def perplexity(model: Model, texts: Sequence[Example]) -> float:
 def markdown(rows: Sequence[Row], args: argparse.Namespace) -> str:
     """The rows as a table, with the settings."""
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "out")
-    numbers = ["steps", "EL", "its limit", "MA", "its limit", "retain perplexity", "text perplexity"]
-    head = ["lab", "texts", *numbers, "rule held for each chunk", "holds for all at the end"]
-    lines = [head, ["--:", "---", *["--:"] * len(numbers), "---", "---"]]
-    for row in rows:
-        limits = row.get("limits", {"el": None, "ma": None})
-        shares = [row["el"], limits["el"], row["ma"], limits["ma"]]
-        cells = [row["lab"], named(row), row.get("steps", "")]
-        cells += ["" if share is None else f"{share:.3f}" for share in shares]
-        cells += [f"{row['retain']:.2f}", f"{row['texts']:.2f}"]
-        cells += [{True: "yes", False: "no", None: ""}[row.get(name)] for name in ("each", "all")]
-        lines.append([str(cell) for cell in cells])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"# Knowledge unlearning: all at once against chunks\n\n`{given}`\n\n{table}\n"
+    numbers = ("steps", "EL", "its limit", "MA", "its limit", "retain perplexity", "text perplexity")
+    columns = [Column(name="lab", numeric=True), Column(name="texts")]
+    columns += [Column(name=name, numeric=True) for name in numbers]
+    columns += [Column(name="rule held for each chunk"), Column(name="holds for all at the end")]
+    view = TableView(title="", columns=columns, rows=[texts(*_cells(row)) for row in rows])
+    return f"# Knowledge unlearning: all at once against chunks\n\n`{given}`\n\n{study_markdown.table(view)}\n"
+
+
+def _cells(row: Row) -> list[Any]:
+    limits = row.get("limits", {"el": None, "ma": None})
+    shares = [row["el"], limits["el"], row["ma"], limits["ma"]]
+    held = [{True: "yes", False: "no", None: None}[row.get(name)] for name in ("each", "all")]
+    costs = [f"{row[name]:.2f}" for name in ("retain", "texts")]
+    return [
+        row["lab"],
+        named(row),
+        row.get("steps"),
+        *(None if s is None else f"{s:.3f}" for s in shares),
+        *costs,
+        *held,
+    ]
 
 
 def named(row: Row) -> str:

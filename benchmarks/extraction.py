@@ -1,6 +1,6 @@
 """EL_n and memorization accuracy against the published double loop, which generates anew after every prefix.
 
-    python -m benchmarks.extraction [--models gpt2,llama] [--layers 4] [--width 128] [--pos 64] [--texts 8]
+    python -m benchmarks.extraction [--models gpt2,llama] [--layers 4] [--width 128] [--pos 64] [--texts 2,8]
 
 Random models with a vocabulary of 2000, float32, one CPU thread. The texts are written by the model itself, every
 twelfth token ("known") or every other token ("forgotten") replaced; the less a text is known, the more has to be
@@ -10,6 +10,7 @@ equal (exit status 1 otherwise).
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -34,18 +35,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--pos", default="64", help="tokens a text")
-    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--texts", default="2,8", help="how many, read together")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{args.layers} layers, width {args.width}, vocabulary {VOCAB}, {args.texts} texts; CPU seconds")
-    print(f"{'model':6} {'texts':9} {'pos':>4} {'loop':>7} {'locedit':>8} {'ratio':>6}  EL_3, EL_10, MA; difference")
+    print(f"{args.layers} layers, width {args.width}, vocabulary {VOCAB}; CPU seconds")
+    print(f"{'model':6} {'texts':12} {'pos':>4} {'loop':>7} {'locedit':>8} {'ratio':>6}  EL_3, EL_10, MA; difference")
     kept = True
     for name in args.models.split(","):
         model = build(name, layers=args.layers, width=args.width)
-        for pos in map(int, args.pos.split(",")):
+        for count, pos in itertools.product(map(int, args.texts.split(",")), map(int, args.pos.split(","))):
             for kind, every in TEXTS.items():
-                kept &= report(f"{name:6} {kind:9}", model, written(model, args.texts, pos, every=every), args.rounds)
+                texts = written(model, count, pos, every=every)
+                kept &= report(f"{name:6} {count:2} {kind:9}", model, texts, args.rounds)
     sys.exit(0 if kept else 1)
 
 

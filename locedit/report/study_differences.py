@@ -81,7 +81,7 @@ def table(study: Study) -> TableView | None:
     columns = [Column(name="in"), Column(name="against"), Column(name="number")]
     caption = (
         "Differences of edits by the same method and seed that both reached the level. A method counts as higher or "
-        f"lower where Student's 95 % interval over its seeds leaves 0 out, and with one seed from {SAME:g} on."
+        f"lower where Student's 95 % interval over its seeds leaves 0 out, and with one seed above {SAME:g}."
     )
     return TableView(
         title="Found sets against other places",

@@ -13,11 +13,12 @@ def page(study: Study) -> str:
     parts = [f"# {study.name}", study_words.subtitle(study), said]
     differences = study_differences.table(study)
     for view in [*study_table.views(study), *([differences] if differences else [])]:
-        parts += [f"## {view.title}", view.caption, _table(view)]
+        parts += [f"## {view.title}", view.caption, table(view)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(view: TableView) -> str:
+def table(view: TableView) -> str:
+    """The columns with anything in them, numbers on the right, and the notes below."""
     names, rows, notes = study_table.plain(view)
     numeric = {column.name for column in view.columns if column.numeric}
     rule = ["--:" if name in numeric else "---" for name in names]
