@@ -97,7 +97,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
 def test_the_sentences_say_what_the_numbers_do() -> None:
     study = a_study()
     told = " ".join(study_words.verdict(study).sentences)
-    assert "neurons against whole model, 1 methods (mean difference): retain accuracy 1 higher, 0 lower (+0.20)" in told
+    assert "neurons against whole model, 1 method (mean difference): retain accuracy 1 higher, 0 lower (+0.20)" in told
     assert "brings back 90% of what the last MLPs only suppress, so the attack works" in told
     assert "1 of 13 edits did not reach the level. 1 of 13 edits failed." in told
     npo, ga = study_words.by_method(study)

@@ -41,7 +41,9 @@ def _sections(study: Study) -> list[Section]:
             title="Place by place",
             anchor="places",
             tables=[differences] if differences else [],
-            missing="" if differences else "No found set stands beside another place.",
+            missing=""
+            if differences
+            else "No two edits by one method, in a found set and elsewhere, reached the level.",
         ),
         Section(title="Method by method", anchor="methods", steps=study_words.by_method(study)),
         Section(title="All numbers", anchor="table", tables=[study_table.reached(study)]),

@@ -37,7 +37,7 @@ def dots(study: Study) -> Figure:
     where = _heights(rows, methods, list(places))
     most = max((sum(method == other for other, _ in where) for method in methods), default=1)
     height = (LINE + SHIFT * most) * max(len(methods), 2) + 10
-    total = (height + GAP) * down + 40
+    total = (height + GAP) * down + 62
     made = make_subplots(
         rows=down,
         cols=across,
@@ -68,7 +68,7 @@ def dots(study: Study) -> Figure:
             col=across_at,
         )
     dressed = dress(made, height=total)
-    dressed.update_layout(margin={"t": 34})
+    dressed.update_layout(margin={"t": 56})
     return dressed.update_annotations(font={"size": 13, "color": INK})
 
 

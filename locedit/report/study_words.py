@@ -27,8 +27,12 @@ def subtitle(study: Study) -> str:
 def verdict(study: Study) -> Verdict:
     """What the study shows, counted over its methods."""
     lines = [*_comparisons(study), *_controls(study), *_missing(study)]
-    label = f"{len(methods_of(study))} methods at a matched forget level"
+    label = f"{_methods(len(methods_of(study)))} at a matched forget level"
     return Verdict(label=label, tone="none", sentences=tuple(lines))
+
+
+def _methods(count: int) -> str:
+    return f"{count} method{'s' * (count != 1)}"
 
 
 def by_method(study: Study) -> list[str]:
@@ -82,7 +86,7 @@ def _comparisons(study: Study) -> list[str]:
     for place, other in compared(study):
         if told := [said for column in _headlines(study) if (said := _count(study, column, place, other))]:
             count = len(differences(study, LEVEL, place, other))
-            lines.append(f"{place} against {other}, {count} methods (mean difference): {'; '.join(told)}.")
+            lines.append(f"{place} against {other}, {_methods(count)} (mean difference): {'; '.join(told)}.")
     return lines
 
 
