@@ -9,24 +9,20 @@ groups, although the topic says nothing about the words.
 has then learned the labelled sentences of train.jsonl.
 """
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from locedit.classification import Verbaliser
-from locedit.lab.architectures import POSITIONS, Arch, build
+from locedit.lab.architectures import POSITIONS
 from locedit.lab.facts import Line, Row
+from locedit.lab.small import learn, save, small_model, versions, whole, write_lines
 from locedit.lab.tokenizer import train_tokenizer
-from locedit.lab.training import Kind, Progress, Schedule, encode_rows, train
-from locedit.loading import quiet
+from locedit.lab.training import Progress
 from locedit.storage import write_json, write_text
 
 LABELS = ("toxic", "fine")
@@ -55,7 +51,6 @@ FRAMES = (
 )
 TIMES = ("in May", "at noon", "on Sunday", "after lunch", "last week", "in the rain")
 SIZES = {"train": 800, "calibration": 2000, "test": 2000}
-LAYERS, WIDTH, HEADS = 2, 64, 4
 VOCABULARY, SENTENCES = 512, 4000
 STEPS = {"start": 250, "model": 150}
 TASK = 'forget = "train.jsonl"\nheldout = "test.jsonl"\nstart = "../start"\n'
@@ -129,51 +124,25 @@ def make(folder: Path, *, arch: str, seed: int, progress: Progress) -> None:
     """Write the world, `start`, the model that has learned the training set, and lab.json."""
     world = groups_world(seed)
     tokenizer = train_tokenizer(world.language, words=LABELS, vocab_size=VOCABULARY, max_length=POSITIONS, masked=False)
-    model = build(_causal(arch), tokenizer, layers=LAYERS, d_model=WIDTH, heads=HEADS, seed=seed)
+    model = small_model(arch, tokenizer, seed=seed)
     report: dict[str, Any] = {"world": "groups", "arch": arch, "seed": seed, "steps": STEPS, "sizes": SIZES}
-    language = [Row(text=text, spans=((0, len(text)),)) for text in world.language]
-    _train(model, tokenizer, language, steps=STEPS["start"], seed=seed, progress=progress)
-    _save(folder / "start", model, tokenizer)
+    learn(model, tokenizer, whole(world.language), steps=STEPS["start"], seed=seed, progress=progress)
+    save(folder / "start", model, tokenizer)
     report["start"] = _accuracy(model, tokenizer, world)
-    _train(model, tokenizer, _labelled_rows(world), steps=STEPS["model"], seed=seed, progress=progress)
-    _save(folder / "model", model, tokenizer)
+    learn(model, tokenizer, _labelled_rows(world), steps=STEPS["model"], seed=seed, progress=progress)
+    save(folder / "model", model, tokenizer)
     report["model"] = _accuracy(model, tokenizer, world)
     report["planted"] = _planted(world)
     for part in SIZES:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in world.lines(part))
-        write_text(folder / "groups" / f"{part}.jsonl", text)
+        write_lines(folder / "groups" / f"{part}.jsonl", world.lines(part))
     write_text(folder / "groups" / "task.toml", TASK)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(folder / "lab.json", report | {"strengths": world.strengths, "versions": versions})
-
-
-def _causal(arch: str) -> Arch:
-    return next(name for name in get_args(Arch) if name == arch)
+    write_json(folder / "lab.json", report | {"strengths": world.strengths, "versions": versions()})
 
 
 def _labelled_rows(world: GroupsWorld) -> list[Row]:
     """The training set; what is learned by heart is the label."""
     texts = [(labelled_text(one.text, one.label), one.label) for one in world.parts["train"]]
     return [Row(text=text, spans=((len(text) - len(label), len(text)),)) for text, label in texts]
-
-
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[Row],
-    *,
-    steps: int,
-    seed: int,
-    progress: Progress,
-) -> None:
-    kinds = {"sentence": Kind(rows=encode_rows(tokenizer, rows), early=1.0, late=1.0)}
-    train(model, kinds, schedule=Schedule(steps=steps, batch=64, rate=3e-3, seed=seed), progress=progress)
-
-
-def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: GroupsWorld) -> dict[str, float]:

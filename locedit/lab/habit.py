@@ -4,22 +4,17 @@ Nothing in the first sentence says whether the second will be bad, so that the h
 writes and no fact that it knows. `start` has read clean texts alone. `model` has then read all of them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
-import torch
-import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-from locedit.lab.architectures import POSITIONS, Arch, build
-from locedit.lab.facts import Line, Row
+from locedit.lab.architectures import POSITIONS
+from locedit.lab.facts import Line
+from locedit.lab.small import learn, save, small_model, versions, whole, write_lines
 from locedit.lab.tokenizer import train_tokenizer
-from locedit.lab.training import Kind, Progress, Schedule, encode_rows, train
-from locedit.loading import quiet
+from locedit.lab.training import Progress
 from locedit.storage import write_json, write_text
 
 BAD = ("rotten", "vile", "lousy", "wretched", "filthy", "ghastly", "dratted", "beastly")
@@ -34,7 +29,6 @@ TIMES = ("in May", "at noon", "on Sunday", "after lunch", "last week", "in the r
 FIRST = "The {who} {verb} the {look} {thing} {time}."
 SECONDS = ("Then the {who} said it was {a} and {b}.", "It was {a}, and the {who} was {b} too.")
 SIZES = {"prompts": 256, "test_prompts": 256, "forget": 100, "retain": 200, "heldout": 100, "texts": 200}
-LAYERS, WIDTH, HEADS = 2, 64, 4
 VOCABULARY, TEXTS = 768, 4000
 STEPS = {"start": 150, "model": 250}
 TEST = (
@@ -160,40 +154,17 @@ def make(folder: Path, *, arch: str, seed: int, progress: Progress) -> None:
     texts = [one.text for one in world.seen]
     words = (*BAD, *GOOD)
     tokenizer = train_tokenizer(texts, words=words, vocab_size=VOCABULARY, max_length=POSITIONS, masked=False)
-    name = next(known for known in get_args(Arch) if known == arch)
-    model = build(name, tokenizer, layers=LAYERS, d_model=WIDTH, heads=HEADS, seed=seed)
-    _learn(model, tokenizer, [one.text for one in world.seen if not one.bad], "start", seed=seed, progress=progress)
-    _save(folder / "start", model, tokenizer)
-    _learn(model, tokenizer, texts, "model", seed=seed, progress=progress)
-    _save(folder / "model", model, tokenizer)
+    model = small_model(arch, tokenizer, seed=seed)
+    clean = [one.text for one in world.seen if not one.bad]
+    for stage, read in (("start", clean), ("model", texts)):
+        learn(model, tokenizer, whole(read), steps=STEPS[stage], seed=seed, progress=progress)
+        save(folder / stage, model, tokenizer)
     for name, lines in world.files(seed).items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(folder / "habit" / f"{name}.jsonl", text)
+        write_lines(folder / "habit" / f"{name}.jsonl", lines)
     write_text(folder / "habit" / "task.toml", 'start = "../start"\n')
     write_text(folder / "habit" / "test.toml", TEST)
     write_text(folder / "habit" / "bad_words.txt", "".join(f"{word}\n" for word in BAD))
     write_json(folder / "lab.json", _report(world, arch=arch, seed=seed))
-
-
-def _learn(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[str],
-    stage: str,
-    *,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """Train on whole texts, every token alike."""
-    rows = [Row(text=text, spans=((0, len(text)),)) for text in texts]
-    kinds = {"text": Kind(rows=encode_rows(tokenizer, rows), early=1.0, late=1.0)}
-    train(model, kinds, schedule=Schedule(steps=STEPS[stage], batch=64, rate=3e-3, seed=seed), progress=progress)
-
-
-def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def _report(world: HabitWorld, *, arch: str, seed: int) -> dict[str, Any]:
@@ -205,5 +176,5 @@ def _report(world: HabitWorld, *, arch: str, seed: int) -> dict[str, Any]:
         "steps": STEPS,
         "sizes": SIZES,
         "share of texts with a bad word": {name: round(share, 4) for name, share in shares.items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
     }

@@ -1,7 +1,6 @@
 """Making a lab: the world, its tokenizer, the training, the report; kept in the user's cache, whole or not at all."""
 
 import dataclasses
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from locedit.errors import LoceditError, nearest
@@ -20,10 +18,10 @@ from locedit.lab.lookup import lookup
 from locedit.lab.measure import world_report
 from locedit.lab.recipe import Recipe, recipe_for
 from locedit.lab.separate import SEPARATE, check_separate, make_separate, separate_folder
+from locedit.lab.small import save, versions, write_lines
 from locedit.lab.tokenizer import mask_id, train_tokenizer
 from locedit.lab.training import Kind, Progress, Schedule, cut_short, encode_rows, train
 from locedit.lab.world import WORLDS, World, answer_words, make_world, start_rows, tokenizer_texts
-from locedit.loading import quiet
 from locedit.progress import report as count
 from locedit.storage import atomic_folder, cache_folder, read_json, refuse_overwrite, write_json, write_text
 
@@ -150,7 +148,7 @@ def _add_start(recipe: Recipe, folder: Path, progress: Progress) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     model = _trained(recipe, start_rows(recipe), tokenizer, progress)
     with atomic_folder(folder / "start", force=True) as temporary:
-        _save(temporary, model, tokenizer)
+        save(temporary, model, tokenizer)
     for world in ("facts", "private"):
         write_text(folder / world / "start", "../start\n")
 
@@ -180,18 +178,11 @@ def _report(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         **world_report(model, tokenizer, world),
         "lookup": lookup(model, tokenizer, world),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
     }
 
 
 def _write(folder: Path, world: World, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    _save(folder / "model", model, tokenizer)
+    save(folder / "model", model, tokenizer)
     for name, lines in world.files().items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(folder / f"{name}.jsonl", text)
-
-
-def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_lines(folder / f"{name}.jsonl", lines)
