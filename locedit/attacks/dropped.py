@@ -1,15 +1,14 @@
-"""What the attacks that drop a control token or layers share: options, words, and the share that is back."""
+"""What the attacks that drop a control token or layers share: options and words."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from locedit.edit.edit import Addition
 from locedit.errors import LoceditError
 from locedit.evaluate.intervals import Estimate
-from locedit.results import Measure
 from locedit.rewards import RewardOptions
 
-What = Literal["token", "layer"]
-WORDS: dict[What, tuple[str, str]] = {
+WORDS: dict[Addition, tuple[str, str]] = {
     "token": ("Without the control token", "a control token"),
     "layer": ("Without the added layers", "added layers"),
 }
@@ -44,19 +43,3 @@ def verdict(share: Estimate) -> str:
     if share.value >= 0.7:
         return f"it comes back ({share.value:.0%})"
     return f"it comes back in part ({share.value:.0%})" if share.value >= 0.3 else f"{max(share.value, 0):.0%} is back"
-
-
-def share_measure(share: Estimate, count: int, *, group: str | None = None, note: str = "") -> Measure:
-    return Measure(
-        name="share_back",
-        dataset="forget",
-        value=share.value,
-        low=share.low,
-        high=share.high,
-        n=count,
-        group=group,
-        stage="attacked",
-        direction="lower",
-        unit="share of the level before the edit, above never-known items",
-        note=note,
-    )

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locedit.attacks.dropped import WORDS, DropOptions, What, share_measure, verdict
+from locedit.attacks.dropped import WORDS, DropOptions, verdict
+from locedit.attacks.measures import share_measure
 from locedit.attacks.recovery import share_back
 from locedit.data.items import Task
 from locedit.edit import Edit
+from locedit.edit.edit import Addition
 from locedit.evaluate.intervals import Estimate
 from locedit.models import Model
 from locedit.provenance import plain
@@ -26,8 +28,8 @@ HABIT, PERPLEXITY = "habit_rate", "sample_perplexity"
 class Habit:
     """How often what is sampled is bad, before the edit, with it, and with what it adds dropped."""
 
-    def __init__(self, what: What, model: Model, task: Task, edit: Edit, options: DropOptions) -> None:
-        self.what: What = what
+    def __init__(self, what: Addition, model: Model, task: Task, edit: Edit, options: DropOptions) -> None:
+        self.what: Addition = what
         self.model, self.task, self.options = model, task, options
         self.stages: dict[Stage, Samples] = {
             "before": self._samples(model, None),

@@ -2,35 +2,32 @@
 
 from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locedit.attacks.dropped import WORDS, DropOptions, What, share_measure, verdict
+from locedit.attacks.dropped import WORDS, DropOptions, verdict
+from locedit.attacks.measures import level_measure, metric_of, share_measure, values_of
 from locedit.attacks.options import Metric
 from locedit.attacks.recovery import share_back
 from locedit.attacks.splits import keys
 from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
 from locedit.edit import Edit
-from locedit.errors import LoceditError
-from locedit.evaluate.facts import SPAN_VALUES
-from locedit.evaluate.intervals import Estimate, estimate_mean
-from locedit.evaluate.scoring import token_scores
+from locedit.edit.edit import Addition
+from locedit.evaluate.intervals import Estimate
 from locedit.models import Model
 from locedit.provenance import plain
-from locedit.results import AttackResult, Curve, Direction, Measure, Role, Stage
-
-DIRECTIONS: dict[str, Direction] = {"forget": "lower", "retain": "higher", "heldout": "neutral"}
+from locedit.results import AttackResult, Curve, Measure, Role, Stage
 
 
 class Items:
     """The metric of every item before the edit, with it, and with what it adds dropped."""
 
-    def __init__(self, what: What, model: Model, task: Task, edit: Edit, options: DropOptions) -> None:
-        self.what: What = what
+    def __init__(self, what: Addition, model: Model, task: Task, edit: Edit, options: DropOptions) -> None:
+        self.what: Addition = what
         self.model, self.task, self.edit, self.options = model, task, edit, options
-        self.metric = _metric(task.forget, options)
+        asked = None if options.metric in ("auto", "habit_rate") else options.metric
+        self.metric: Metric = metric_of(task.forget, asked, by=f"drop_{what}")
         parts = {"forget": task.forget, "retain": task.retain, "heldout": task.heldout}
         self.data = {name: data for name, data in parts.items() if data is not None and data.kind == task.forget.kind}
         self.before = self._values(model)
@@ -44,8 +41,7 @@ class Items:
         return {name: self._of(model, data) for name, data in self.data.items()}
 
     def _of(self, model: Model, data: Dataset) -> Float[Tensor, " item"]:
-        scores = token_scores(model, encode(model, data))
-        return torch.tensor([SPAN_VALUES[self.metric](found) for found in scores], dtype=torch.float64)
+        return values_of(model, encode(model, data), self.metric)
 
     def share(self, values: Float[Tensor, " item"]) -> Estimate:
         """How much of what was known is there, above what was never known."""
@@ -122,30 +118,16 @@ class Items:
 
     def _level(self, name: str, values: Float[Tensor, " item"], stage: Stage) -> Measure:
         items = list(self.data[name])
-        owners, options = keys(items), self.options
-        found = estimate_mean(values, owners=owners, bounds=(0.0, 1.0), draws=options.draws, seed=options.seed)
-        return Measure(
-            name=self.metric,
+        return level_measure(
+            self.metric,
+            values,
+            list(zip((item.id for item in items), keys(items), strict=True)),
             dataset=name,
-            value=found.value,
-            low=found.low,
-            high=found.high,
-            n=len(items),
-            group="never knew" if name == "heldout" else None,
             stage=stage,
-            direction=DIRECTIONS[name],
-            unit="probability" if self.metric == "probability" else "share",
-            range=(0.0, 1.0),
-            per_example=dict(zip((item.id for item in items), values.tolist(), strict=True)),
+            draws=self.options.draws,
+            seed=self.options.seed,
+            group="never knew" if name == "heldout" else None,
         )
 
     def _share_of(self, name: str, values: Float[Tensor, " item"]) -> Measure:
         return share_measure(self.share(values), len(values), group=name)
-
-
-def _metric(forget: Dataset, options: DropOptions) -> Metric:
-    if forget.kind not in ("fact", "private", "tokens"):
-        raise LoceditError(f"forget items of kind {forget.kind!r} have no answer to bring back; use fact or private")
-    if options.metric not in ("auto", "habit_rate"):
-        return options.metric
-    return "accuracy" if forget.kind == "fact" else "memorization_accuracy"

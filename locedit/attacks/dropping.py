@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from locedit.attacks.dropped import WORDS, DropOptions, What
+from locedit.attacks.dropped import WORDS, DropOptions
 from locedit.attacks.dropped_habits import Habit
 from locedit.attacks.dropped_items import Items
 from locedit.data.items import Task
 from locedit.edit import Edit
+from locedit.edit.edit import Addition
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.options import fill
@@ -35,7 +36,7 @@ def drop_layer(
 
 
 def _dropped(
-    what: What, model: Model, task: Task, edit: Edit, others: Mapping[str, Edit], options: DropOptions
+    what: Addition, model: Model, task: Task, edit: Edit, others: Mapping[str, Edit], options: DropOptions
 ) -> AttackResult:
     if what not in edit.conditional:
         raise LoceditError(f"drop_{what}: the edit has no {WORDS[what][1]}: it is {edit}")

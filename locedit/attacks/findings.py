@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.finetuning import How
+from locedit.attacks.measures import level_measure, share_measure
 from locedit.attacks.options import RelearnOptions
 from locedit.attacks.recovery import Dose, Run, at_dose, mean_by_item, share_back
 from locedit.attacks.splits import Halves, divided_by, keys
 from locedit.data.items import Item
-from locedit.evaluate.intervals import Estimate, estimate_mean
+from locedit.evaluate.intervals import Estimate
 from locedit.provenance import plain
-from locedit.results import AttackResult, Curve, Direction, Measure, Role, Stage
+from locedit.results import AttackResult, Curve, Measure, Role, Stage
 
-SHARE = "share_back"
 LEFT = 0.5
 "share that the edit left in place from which on the sentence says so first"
 WORKS = 0.5
@@ -215,21 +215,9 @@ def _curve(found: Findings, arm: Arm, run: Run) -> Curve:
 
 def _share_measure(found: Findings, arm: Arm, *, note: str = "") -> Measure:
     """The number of the attack: how much is there on the halves that were not relearned, over all splits."""
-    share = found.share(arm)
     name = arm.name if arm.role == "other" or arm.role in arm.name else f"{arm.role}: {arm.name}"
-    return Measure(
-        name=SHARE,
-        dataset="forget",
-        value=share.value,
-        low=share.low,
-        high=share.high,
-        n=len(arm.items),
-        group=None if arm.role == "found" else name,
-        stage="attacked",
-        direction="lower",
-        unit="share of the level before the edit, above never-known items",
-        note=note,
-    )
+    group = None if arm.role == "found" else name
+    return share_measure(found.share(arm), len(arm.items), group=group, note=note)
 
 
 def _level(
@@ -242,24 +230,9 @@ def _level(
     group: str | None = None,
 ) -> Measure:
     """The metric over items, each given as (id, owner)."""
-    directions: dict[str, Direction] = {"forget": "lower", "retain": "higher"}
-    options, bounds = found.options, (0.0, 1.0)
-    owners = [owner for _, owner in items]
-    estimate = estimate_mean(values, owners=owners, bounds=bounds, draws=options.draws, seed=options.seed)
-    return Measure(
-        name=found.metric,
-        dataset=dataset,
-        value=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        n=len(items),
-        group=group,
-        stage=stage,
-        direction=directions.get(dataset, "neutral"),
-        unit="share" if found.metric != "probability" else "probability",
-        range=bounds,
-        per_example=dict(zip((name for name, _ in items), values.double().tolist(), strict=True)),
-    )
+    options = found.options
+    more = {"draws": options.draws, "seed": options.seed}
+    return level_measure(found.metric, values, items, dataset=dataset, stage=stage, group=group, **more)
 
 
 def _named(items: Sequence[Item]) -> list[tuple[str, str]]:

@@ -3,22 +3,19 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.findings import Arm, Findings
 from locedit.attacks.finetuning import Diet, How, fine_tune, free_bytes, full_needs_bytes, opened
+from locedit.attacks.measures import metric_of, values_of
 from locedit.attacks.options import Metric, RelearnOptions
 from locedit.attacks.recovery import Dose, Run, doses_by_mirror
 from locedit.attacks.shallow import suppression
 from locedit.attacks.splits import Halves, keys, mirrored_halves
 from locedit.data.encode import Example, encode
-from locedit.data.items import Dataset, Item, Task
+from locedit.data.items import Item, Task
 from locedit.edit import Edit
 from locedit.edit.levels import levels
-from locedit.errors import LoceditError
-from locedit.evaluate.facts import SPAN_VALUES
-from locedit.evaluate.scoring import token_scores
 from locedit.models import Model
 from locedit.progress import report
 from locedit.results import Role
@@ -31,7 +28,8 @@ class Relearning:
         self, model: Model, task: Task, edit: Edit, others: Mapping[str, Edit], options: RelearnOptions
     ) -> None:
         self.model, self.task, self.edit, self.others, self.options = model, task, edit, others, options
-        self.metric = _metric(task.forget, options)
+        asked = None if options.metric == "auto" else options.metric
+        self.metric: Metric = metric_of(task.forget, asked, by="relearn")
         self.how: How
         self.how, self.why_how = _how(model, options)
         self.forget = list(task.forget)
@@ -61,15 +59,15 @@ class Relearning:
 
     def findings(self) -> Findings:
         """Every arm, run."""
-        before = self._values(self.model, self.examples)
+        before = values_of(self.model, self.examples, self.metric)
         with self.edit.applied(self.model) as edited:
             runs = {
                 split: [self._run(edited, self.examples, halves, split, rate) for rate in self.options.learning_rates]
                 for split, halves in enumerate(self.halves)
             }
             doses = doses_by_mirror(runs, floor=self.options.retain_floor)
-            after = self._values(edited, self.examples)
-            retained = self._values(edited, self.kept)
+            after = values_of(edited, self.examples, self.metric)
+            retained = values_of(edited, self.kept, self.metric)
             level = levels(edited, {"forget": self.examples})["forget"]
             never, never_note = self._never_known(edited, doses)
         best = [_at_rate(runs[split], doses[split]) for split in runs]
@@ -156,7 +154,7 @@ class Relearning:
         def look(step: int) -> None:
             if step in options.looks:
                 parts = (measured, relearned, self.kept)
-                rows.append(tuple(self._values(edited, part) for part in parts))  # type: ignore[arg-type]
+                rows.append(tuple(values_of(edited, part, self.metric) for part in parts))  # type: ignore[arg-type]
 
         with opened(edited, self.how, rank=options.lora_rank, seed=diet.seed) as weights:
             look(0)
@@ -171,11 +169,6 @@ class Relearning:
             relearned=torch.stack([row[1] for row in rows]).mean(1),
             retain=torch.stack([row[2] for row in rows]),
         )
-
-    def _values(self, model: Model, examples: Sequence[Example]) -> Float[Tensor, " item"]:
-        """The metric of every example."""
-        found = token_scores(model, examples) if examples else []
-        return torch.tensor([SPAN_VALUES[self.metric](scores) for scores in found], dtype=torch.float64)
 
 
 def keys_of(examples: Sequence[Example]) -> list[str]:
@@ -194,16 +187,6 @@ def role_of(name: str) -> Role:
 
 def _at_rate(runs: Sequence[Run], dose: Dose) -> Run:
     return next(run for run in runs if run.learning_rate == dose.learning_rate)
-
-
-def _metric(forget: Dataset, options: RelearnOptions) -> Metric:
-    if forget.kind not in ("fact", "private", "tokens"):
-        raise LoceditError(
-            f"relearn: forget items of kind {forget.kind!r} have no answer to relearn; use fact, private or tokens"
-        )
-    if options.metric != "auto":
-        return options.metric
-    return "accuracy" if forget.kind == "fact" else "memorization_accuracy"
 
 
 def _how(model: Model, options: RelearnOptions) -> tuple[How, str]:
