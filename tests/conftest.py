@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -50,3 +50,19 @@ def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":
     from locedit.lab import lab
 
     return lab("facts", size="tiny", cache=tmp_path_factory.mktemp("labs"))
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the helper models that are trained."""
+    from locedit.unlearn import helpers
+
+    names: list[str] = []
+    train = helpers.train
+
+    def counted(model: Any, objective: Any, **more: Any) -> Any:
+        names.append(objective.name)
+        return train(model, objective, **more)
+
+    monkeypatch.setattr(helpers, "train", counted)
+    return names

@@ -30,20 +30,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCEDIT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the teachers that are trained."""
-    names: list[str] = []
-    train = helpers.train
-
-    def counted(model: Model, objective: Any, **more: Any) -> Any:
-        names.append(objective.name)
-        return train(model, objective, **more)
-
-    monkeypatch.setattr(helpers, "train", counted)
-    return names
-
-
 def fact(prompt: str, answer: str, name: str, owner: str | None = None) -> Fact:
     return Fact(prompt=prompt, answer=answer, id=name, owner=owner)
 

@@ -10,26 +10,19 @@ import torch
 from locedit.data.encode import collate, encode
 from locedit.edit.train import train
 from locedit.errors import LoceditError
-from locedit.models import Model
 from locedit.unlearn import METHODS, prepare, unlearn
 from locedit.unlearn.registry import nll, objective_of
 from locedit.unlearn.sisa import SisaEditOptions
 from tests import edits, tiny
+from tests.starts import start as start_folder
 
 STEPS: dict[str, Any] = {"steps": 5, "learning_rate": 3e-3, "batch_size": 2, "eval_every": 0}
 
 
-def _start(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Model:
-    start = tiny.model(architecture, seed=9)
-    start.module.to(dtype).save_pretrained(folder)  # type: ignore[operator]
-    tiny.tokenizer().save_pretrained(folder)
-    return start
-
-
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
-def test_the_edited_model_is_the_trained_start(architecture: str, tmp_path: Path) -> None:
-    model, start = tiny.model(architecture), _start(tmp_path / "start", architecture)
-    task = edits.task(start=str(tmp_path / "start"))
+def test_the_edited_model_is_the_trained_start(architecture: str) -> None:
+    model, start = tiny.model(architecture), tiny.model(architecture, seed=7)
+    task = edits.task(start=start_folder(architecture))
     edit = unlearn(model, task, "sisa", check=False, **STEPS)
     goal = objective_of(start, task, nll, name="again", learns=task.retain)
     expected = train(start, goal, options=SisaEditOptions(**STEPS).training())
@@ -41,9 +34,8 @@ def test_the_edited_model_is_the_trained_start(architecture: str, tmp_path: Path
     edit.verify(model)
 
 
-def test_forget_data_have_no_part_in_it(tmp_path: Path) -> None:
-    model, _ = tiny.model("gpt2"), _start(tmp_path / "start", "gpt2")
-    task = edits.task(start=str(tmp_path / "start"))
+def test_forget_data_have_no_part_in_it() -> None:
+    model, task = tiny.model("gpt2"), edits.task(start=start_folder("gpt2"))
     other = dataclasses.replace(task, forget=task.forget[:1])
     one, two = (unlearn(model, t, "sisa", check=False, **STEPS) for t in (task, other))
     assert all(torch.equal(a.values, b.values) for a, b in zip(one.patches, two.patches, strict=True))

@@ -43,7 +43,7 @@ from locedit.models import Model
 from locedit.provenance import measure, plain
 from locedit.unlearn import injection
 from locedit.unlearn.registry import above_zero, at_least_zero, nll, objective_of, one_of
-from locedit.unlearn.scales import ScaleOptions, Scales
+from locedit.unlearn.scales import Scales, VectorOptions
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ Half = Literal["weights", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FLearningOptions(ScaleOptions):
+class FLearningOptions(VectorOptions):
     """Of both trainings, and of the subtraction between them. What is not named for one half is of both."""
 
     steps: int = 100

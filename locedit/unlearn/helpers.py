@@ -136,9 +136,6 @@ class Answers:
     def __str__(self) -> str:
         return f"answers {self.hash}"
 
-    def __contains__(self, example: Example) -> bool:
-        return example in self._where
-
     def of(self, batch: Batch, logits: Float[Tensor, "n vocab"] | None = None) -> Float[Tensor, "n vocab"]:
         """Log-probabilities at the scored tokens of a batch, in their order, float32, on the batch's device.
 

@@ -35,7 +35,16 @@ from locedit.errors import LoceditError
 from locedit.losses import Scored
 from locedit.models import Model
 from locedit.unlearn.helpers import Answers, Helper, HelperOptions, helper, require_start, start_of
-from locedit.unlearn.registry import RetainOptions, above_zero, every_token, nll, objective_of, one_of, retain_loss
+from locedit.unlearn.registry import (
+    RetainOptions,
+    above_zero,
+    at_least_one,
+    every_token,
+    nll,
+    objective_of,
+    one_of,
+    retain_loss,
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +82,7 @@ class KgaOptions(HelperOptions, RetainOptions):
         RetainOptions.__post_init__(self)
         one_of(self, "target", ("helper", "model"))
         one_of(self, "reduction", ("token", "sum", "element"))
-        if self.inner < 1:
-            raise LoceditError(f"inner={self.inner!r} must be at least 1")
+        at_least_one(self, "inner")
         above_zero(self, *(name for name in ("stop_value", "stop_portion") if getattr(self, name) is not None))
 
 

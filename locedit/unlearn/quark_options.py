@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from locedit.edit.train import TrainOptions
-from locedit.errors import LoceditError
 from locedit.rewards import RewardOptions
 from locedit.sampling import Sampling
-from locedit.unlearn.registry import above_zero, at_least_zero, one_of
+from locedit.unlearn.registry import above_zero, at_least_one, at_least_zero, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +71,8 @@ class QuarkOptions(TrainOptions, RewardOptions):
         one_of(self, "average", ("example", "token"))
         at_least_zero(self, "kl_weight", "entropy_weight")
         above_zero(self, "kl_target", "entropy_target", "horizon", "adaptive_clip")
-        for name in ("quantiles", "sample_interval", "samples_per_prompt", "sample_batch_size"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("prompts_per_refresh", "keep_refreshes"):
-            if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
+        at_least_one(self, "quantiles", "sample_interval", "samples_per_prompt", "sample_batch_size")
+        at_least_one(self, "prompts_per_refresh", "keep_refreshes")
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -87,8 +83,3 @@ class QuarkOptions(TrainOptions, RewardOptions):
             temperature=self.temperature,
             top_p=self.top_p,
         )
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise LoceditError(f"{name}={value!r} must be at least 1")

@@ -64,6 +64,13 @@ def at_least_zero(options: object, *names: str) -> None:
             raise LoceditError(f"{name}={getattr(options, name)!r} must not be negative")
 
 
+def at_least_one(options: object, *names: str) -> None:
+    """Raise LoceditError for the first of the named options that is below 1; None is no number and passes."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise LoceditError(f"{name}={value!r} must be at least 1")
+
+
 def one_of(options: object, name: str, choices: Sequence[str]) -> None:
     """Raise LoceditError when the named option is none of the choices."""
     if getattr(options, name) not in choices:

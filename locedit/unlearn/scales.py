@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleOptions(TrainOptions):
+class VectorOptions(TrainOptions):
     """Of training the vector, and how much of it is subtracted."""
 
     until: float | None = None
@@ -52,7 +52,7 @@ class ScaleOptions(TrainOptions):
 class Scales:
     """Levels at rising multiples of the subtracted vector."""
 
-    def __init__(self, name: str, model: Model, vector: Edit, goal: Objective, options: ScaleOptions) -> None:
+    def __init__(self, name: str, model: Model, vector: Edit, goal: Objective, options: VectorOptions) -> None:
         self.name, self.model, self.vector, self.goal, self.options = name, model, vector, goal, options
         self.rows: dict[float, dict[str, float]] = {}
 
