@@ -137,6 +137,35 @@ def test_retained_data_pull_the_layer_to_nothing() -> None:
     assert torch.equal(folded(fuse([edit(10, retain_gram=None), edit(20)]), "up"), folded(fuse(made), "up"))
 
 
+def test_layers_without_biases_get_none() -> None:
+    """Least squares of the inputs alone; with one bias among the layers, the fused ones have some."""
+    none = {"down_bias": torch.zeros(3).double(), "up_bias": torch.zeros(5).double()}
+    made = [edit(10, **none), edit(20, **none)]
+    (fused,) = fuse(made, ridge=1e-14, retain=0.5).layers
+    assert not fused.down_bias.any()
+    assert not fused.up_bias.any()
+    for number, found in enumerate((fused.down, fused.up)):
+        own = [one.layers[0] for one in made]
+        squares = [one.grams[number][:-1, :-1] for one in own if one.grams]
+        still = sum(one.retain_gram[:-1, :-1] for one in own if one.retain_gram is not None) * 0.5 if number else None
+        wanted = fused_map(squares, [(one.up if number else one.down).T for one in own], still=still)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.T, wanted, rtol=1e-9, atol=1e-9)
+    (mixed,) = fuse([made[0], edit(20)]).layers
+    assert mixed.down_bias.all()
+    assert mixed.up_bias.all()
+
+
+def test_retained_data_of_fused_layers_add_up() -> None:
+    made = [edit(10), edit(20)]
+    (fused,) = fuse(made).layers
+    first, second = (one.layers[0].retain_gram for one in made)
+    assert first is not None
+    assert second is not None
+    assert fused.retain_gram is not None
+    torch.testing.assert_close(fused.retain_gram, first + second)
+    assert fuse([edit(10), edit(20, retain_gram=None)]).layers[0].retain_gram is None
+
+
 @pytest.mark.parametrize(
     ("others", "words"),
     [
@@ -231,6 +260,35 @@ def test_padding_and_batches_do_not_change_the_gram_matrices(architecture: str) 
     tokens = sum(len(e.ids) * (1 if model.causal else len(e.targets)) for e in examples)
     assert together[0][0][-1, -1] == tokens > rows
     assert edits.hooks_left(model.module) == 0
+
+
+def test_the_matrices_are_summed_in_float64_for_a_float32_model() -> None:
+    """Products of float32 numbers are exact there; a sum of float32 products is not."""
+    x = drawn(300, 7, seed=1).float()
+    exact = torch.cat([x.double(), torch.ones(300, 1).double()], dim=1)
+    assert gram(x).dtype == torch.float64
+    assert torch.equal(gram(x), exact.T @ exact)
+    assert not torch.equal((x.T @ x).double(), (exact.T @ exact)[:-1, :-1])
+    model = tiny.model("gpt2")
+    (one, _) = trained(model)
+    assert {part.dtype for pair in grams(model, one.layers, encode(model, edits.task().forget)) for part in pair} == {
+        torch.float64
+    }
+
+
+def test_the_retain_matrix_is_over_the_retained_data() -> None:
+    model = tiny.model("gpt2")
+    made, retain = trained(model), edits.task().retain
+    assert retain is not None
+    texts = encode(model, retain)
+    for one, own in zip(made, requests_by(edits.task(), "owner").values(), strict=True):
+        wanted = grams(model, one.layers, texts)
+        for layer, (_, up) in zip(one.layers, wanted, strict=True):
+            assert layer.retain_gram is not None
+            assert layer.grams is not None
+            torch.testing.assert_close(layer.retain_gram, up)
+            assert layer.retain_gram[-1, -1] == sum(len(text.ids) for text in texts)
+            assert layer.grams[1][-1, -1] == sum(len(text.ids) for text in encode(model, own.forget))
 
 
 def test_a_control_token_is_one_more_input() -> None:

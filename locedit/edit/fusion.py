@@ -5,9 +5,10 @@ the fused weights are argmin over W of sum_i |X_i W - X_i W_i|^2 = (sum G_i)^-1 
 G_i are needed, no data and no training. The same algebra merges whole models in RegMean (Jin et al. 2023,
 arXiv:2212.09849).
 
-Beyond the formula: biases are folded in as inputs of 1; with fewer tokens than inputs the sum of the G_i is singular,
-so there is a ridge towards the mean of the W_i, which is what directions get that no request has seen; all sums are in
-float64. The paper's term for retained data does not exist; `retain` adds one and is ours.
+Beyond the formula: biases are folded in as inputs of 1, and layers of which none has a bias get none; with fewer tokens
+than inputs the sum of the G_i is singular, so there is a ridge towards the mean of the W_i, which is what directions
+get that no request has seen; all sums are in float64. The paper's term for retained data does not exist; `retain` adds
+one and is ours.
 """
 
 import dataclasses
@@ -51,8 +52,9 @@ def fuse(edits: Sequence[Edit], *, ridge: float = RIDGE, retain: float = 0.0) ->
 
     `ridge` is relative: eps = ridge times the mean diagonal entry of the summed Gram matrices, of each map. `retain`
     above 0 is an extension: so many times the sum of the G_i of the inputs of W2 on retained data is added with the
-    target 0, the layer to add nothing there. The fused layers keep the summed Gram matrices: fusing them with
-    another edit is, but for the ridge, fusing all at once.
+    target 0, the layer to add nothing there. The fused layers keep the summed Gram matrices: without `retain`, fusing
+    them with another edit is, but for the ridge, fusing all at once. With it, edits fused before count as adding
+    something on retained data, and are pulled to nothing once more.
     """
     if not ridge > 0:
         raise LoceditError(f"ridge={ridge!r} must be above 0: directions that no data have seen need a value")
@@ -84,13 +86,25 @@ def _fused(layers: Sequence[AddedLayer], *, ridge: float, retain: float) -> Adde
     kept = [layer.retain_gram for layer in layers if layer.retain_gram is not None]
     downs, ups = [down for down, _ in grams], [up for _, up in grams]
     still = retain * torch.stack(kept).sum(0) if retain else None
+    biased = any(bool(one.down_bias.any()) or bool(one.up_bias.any()) for one in layers)
     new = {
-        "down": fused_map(downs, [_folded(one.down, one.down_bias) for one in layers], eps=_eps(downs, ridge)),
-        "up": fused_map(ups, [_folded(one.up, one.up_bias) for one in layers], eps=_eps(ups, ridge), still=still),
+        "down": _solved(downs, [_folded(one.down, one.down_bias) for one in layers], ridge=ridge, biased=biased),
+        "up": _solved(ups, [_folded(one.up, one.up_bias) for one in layers], ridge=ridge, biased=biased, still=still),
     }
     total = (torch.stack(downs).sum(0), torch.stack(ups).sum(0))
     kept_total = torch.stack(kept).sum(0) if len(kept) == len(layers) else None
     return dataclasses.replace(_with(layers[0], new), grams=total, retain_gram=kept_total)
+
+
+def _solved(
+    grams: Sequence[Tensor], maps: Sequence[Tensor], *, ridge: float, biased: bool, still: Tensor | None = None
+) -> Float[Tensor, "m out"]:
+    """The fused folded map; where no layer has a bias, of the inputs alone, so that the fused one has none either."""
+    n = None if biased else -1
+    own = [gram[:n, :n] for gram in grams]
+    kept = None if still is None else still[:n, :n]
+    found = fused_map(own, [each[:n] for each in maps], eps=_eps(own, ridge), still=kept)
+    return found if biased else torch.nn.functional.pad(found, (0, 0, 0, 1))
 
 
 def _averaged(layers: Sequence[AddedLayer]) -> AddedLayer:
