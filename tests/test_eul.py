@@ -378,6 +378,47 @@ def test_baked_in_training_it_can_be_exported(tmp_path: Path) -> None:
     assert (wanted - logits(model)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("below", ["layers", "adapter"])
+def test_what_acts_behind_the_weights_is_not_baked_under(below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights would come before what an applied edit does to their output: one line, and nothing is trained."""
+    model = tiny.model("gpt2")
+    if below == "layers":
+        first = unlearn(model, edits.task(), "eul", **SETTINGS)
+    else:
+        first = unlearn(model, edits.task(), "ga", hold="adapter", steps=2, check=False)
+    linear: dict[str, Any] = {"activation": "linear", **SETTINGS}
+    with first.applied(model):
+        second = unlearn(model, edits.task(), "eul", **linear)
+        with pytest.raises(
+            LoceditError, match=r"another edit acts on the output of transformer\.h\.0\.mlp.*bake=False"
+        ):
+            bake(model, second)
+        monkeypatch.setattr(eul, "loss", lambda *_: pytest.fail("trained in vain"))
+        with pytest.raises(LoceditError, match="another edit acts on the output") as raised:
+            unlearn(model, edits.task(), "eul", bake=True, **linear)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_acts_before_the_weights_may_be_there() -> None:
+    """A relu layer on neurons is before the output projection, and new weights of that come after it."""
+    model = edits.double("gpt2")
+    first, second = (
+        Edit(
+            kind="modules",
+            fingerprint=model.fingerprint,
+            layers=held(model, where, seed=seed, activation=activation).layers(),
+        )
+        for where, seed, activation in (("neurons", 5, "relu"), ("mlp", 6, "linear"))
+    )
+    with first.applied(model):
+        plain = logits(model)
+        with second.applied(model):
+            wanted = logits(model)
+        with bake(model, second).applied(model):
+            torch.testing.assert_close(logits(model), wanted, rtol=1e-9, atol=1e-9)
+    assert (wanted - plain).abs().max() > 0.1
+
+
 def test_a_layer_after_a_norm_is_not_baked_but_one_on_neurons_is() -> None:
     model = edits.double("gemma2")
     options: dict[str, Any] = {"activation": "linear", "bias": False, "bake": True}

@@ -27,7 +27,8 @@ def bake(model: Model, edit: Edit) -> Edit:
     """The same change as new weights of output projections, for an edit of added layers with activation="linear".
 
     Computed in float64 and rounded to the model's dtype. Raises LoceditError for layers that are not linear, that have
-    biases where the projection has none, or that act behind a norm (the outputs of Gemma 2 and 3).
+    biases where the projection has none, that act behind a norm (the outputs of Gemma 2 and 3), or behind what another
+    edit does to the projection's output at run time: new weights would act before it.
     """
     if edit.kind != "modules":
         raise LoceditError(f"bake: only added layers can be baked into the weights; this is {edit}")
@@ -69,7 +70,18 @@ def projection(model: Model, point: str) -> Matrix:
     if model.point(point).module is not matrix.module:
         norm = type(model.point(point).module).__name__
         raise LoceditError(f"bake: between {matrix.weight} and the layer at {point} is a {norm}; use a set of neurons")
+    _require_untouched(matrix)
     return matrix
+
+
+def _require_untouched(matrix: Matrix) -> None:
+    """Raise LoceditError where something changes the projection's output at run time."""
+    # torch lists a module's hooks nowhere else; those before its call are harmless: new weights come after them too
+    if matrix.module._forward_hooks:  # pyright: ignore[reportPrivateUsage]
+        raise LoceditError(
+            f"bake: another edit acts on the output of {matrix.weight} at run time, and new weights would come before "
+            "it; take bake=False, or bake the other one as well"
+        )
 
 
 def _merged(matrix: Matrix, model: Model, layers: Sequence[AddedLayer]) -> list[tuple[Region, Tensor]]:
