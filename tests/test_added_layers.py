@@ -55,6 +55,21 @@ def test_a_layer_adds_what_its_formula_says(architecture: str, point: str, some:
     torch.testing.assert_close(seen[point], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_two_layers_at_one_place_are_two_edits() -> None:
+    """In a chain both act; in one edit only one would."""
+    model = tiny.model("gpt2")
+    batch = collate(encode(model, edits.task().forget), model)
+    one = _layer(POINTS[0], model.d_model)
+    with pytest.raises(LoceditError, match=r"not two at blocks\.1\.hook_mlp_out; chain two edits"):
+        Edit(kind="modules", fingerprint=model.fingerprint, layers=(one, one))
+    edit = Edit(kind="modules", fingerprint=model.fingerprint, layers=(one,))
+    with torch.no_grad():
+        with edit.applied(model) as edited:
+            once = edited.logits(batch)
+        with edit.then(edit).applied(model) as edited:
+            assert (edited.logits(batch) - once).abs().max() > 1e-2
+
+
 def test_layers_are_saved_and_dropping_them_gives_the_model_back(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     batch, before = collate(encode(model, edits.task().forget), model), edits.bits(model.module)

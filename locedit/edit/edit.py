@@ -72,6 +72,11 @@ class Edit:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise LoceditError(f"edit kind {self.kind!r}; {nearest(self.kind, KINDS)}")
+        points = [layer.point for layer in self.layers]
+        if twice := next((point for point in points if points.count(point) > 1), None):
+            raise LoceditError(
+                f"an edit has one added layer at a place, not two at {twice}; chain two edits with then()"
+            )
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
