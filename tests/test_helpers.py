@@ -1,5 +1,6 @@
 """Helper models: what is kept is what they say, nothing is trained twice, and one is gone before the next begins."""
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -172,6 +173,44 @@ def test_another_seed_model_or_text_is_another_helper(trainings: list[str]) -> N
     shorter = dataclasses.replace(learned[3], spans=(dataclasses.replace(span, end=span.start + 1),))
     helper(model, [*learned[:3], shorter], asked, options=OPTIONS, seed=0, name="fewer tokens")
     assert len(trainings) == 6
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("gpt2", {"activation_function": "relu"}), ("llama", {"rms_norm_eps": 0.1}), ("mistral", {"sliding_window": 3})],
+)
+def test_the_same_weights_under_other_settings_are_another_model(
+    architecture: str, settings: dict[str, Any], trainings: list[str]
+) -> None:
+    """Also a window that no asked text is longer than, as the texts that are learned may be."""
+    model, other = tiny.model(architecture), tiny.model(architecture, **settings)
+    assert model.fingerprint == other.fingerprint
+    learned, asked = facts(model)
+    for each, name in ((model, "plain"), (other, "other"), (model, "plain again")):
+        helper(each, learned, asked[:1], options=OPTIONS, seed=0, name=name)
+    assert trainings == ["plain", "other"]
+
+
+def test_another_mask_token_is_another_model(trainings: list[str]) -> None:
+    words = copy.deepcopy(tiny.tokenizer())
+    words.mask_token = "<pad>"
+    model, other = tiny.model("bert"), load(tiny.module("bert"), tokenizer=words, device="cpu")
+    first, second = ask(model, name="mask"), ask(other, name="pad")
+    assert trainings == ["mask", "pad"]
+    assert not torch.equal(first.answers.log_probs, second.answers.log_probs)
+
+
+@pytest.mark.parametrize("hold", ["adapter", "weights"])
+def test_a_model_inside_an_edit_is_another_model(hold: Any, trainings: list[str]) -> None:
+    """An adapter changes no weight; outside of it the first answers are read again."""
+    model = base()
+    edit = taught(model, facts(model)[1], options=dataclasses.replace(OPTIONS, helper_hold=hold), seed=0, name="edit")
+    first = ask(model, name="plain")
+    with edit.applied(model) as edited:
+        inside = ask(edited, name="inside")
+    assert not torch.equal(first.answers.log_probs, inside.answers.log_probs)
+    assert torch.equal(first.answers.log_probs, ask(model, name="plain again").answers.log_probs)
+    assert trainings == ["edit", "plain", "inside"]
 
 
 def test_a_helper_is_gone_before_the_next_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from locedit.data.items import Dataset, PlainText, Task
-from locedit.edit import train
+from locedit.edit import TrainOptions, train
 from locedit.edit.checkpoint import checkpoints
 from locedit.edit.objective import Objective
 from locedit.errors import LoceditError
@@ -138,6 +138,21 @@ def test_labels_do_not_depend_on_what_is_computed_together(monkeypatch: pytest.M
     straight = make_labels(model, found, dataclasses.replace(options, strength=0.0), seed=0)
     for block in found:
         assert torch.equal(turned.of(block.original), straight.of(block.original))
+
+
+def test_labels_of_a_model_inside_an_adapter_are_its_own() -> None:
+    """Whether or not the model without it has been asked the same before; which is read again after it."""
+    model, task = tiny.model("llama"), everything()
+    found = blocks_of(model, task.forget)
+    options = LabelOptions(helper_steps=3, helper_learning_rate=1e-2)
+    goal = Objective(loss=nll, forget=[block.text for block in found[:2]])
+    adapter = train(model, goal, options=TrainOptions(steps=20, learning_rate=3e-2), hold="adapter")
+    plain = make_labels(model, found, options, seed=0)
+    with adapter.applied(model) as edited:
+        inside = make_labels(edited, found, options, seed=0)
+    assert inside.facts["token probability"][0] > 2 * plain.facts["token probability"][0]
+    assert str(inside) != str(plain)
+    assert str(make_labels(model, found, options, seed=0)) == str(plain)
 
 
 def test_whatever_decides_labels_makes_them_anew(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from locedit.unlearn.blocks import Block
 from locedit.unlearn.helpers import HelperOptions, fingerprint, kept, placed, taught
 from locedit.unlearn.registry import at_least_zero, one_of
 
-VERSION = 1
+VERSION = 2
 "To be raised whenever labels come out differently from the same settings."
 LOGIT_BYTES = 2**29
 "Blocks whose logits fit into this size, at least one, are labelled together: reinforced weights go in once for them."
@@ -165,7 +165,7 @@ def make_labels(model: Model, blocks: Sequence[Block], options: LabelOptions, *,
     training = plain(options.helper_training(seed=seed)) | {"hold": options.helper_hold}
     key = {
         "generic labels": VERSION,
-        **placed(model),
+        **placed(model, [block.original for block in blocks]),
         "texts": [fingerprint([getattr(b, name) for b in blocks]) for name in ("text", "original", "translated")],
         "introduced": [block.introduced for block in blocks],
         "options": [getattr(options, name) for name in decisive],

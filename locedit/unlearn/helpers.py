@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit import losses
-from locedit.data.encode import Batch, Example, batches
+from locedit.data.encode import Batch, Example, batches, collate
 from locedit.data.items import Task
 from locedit.edit.edit import Edit
 from locedit.edit.levels import levels
@@ -33,10 +33,14 @@ from locedit.unlearn.registry import nll, one_of
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 "To be raised whenever helpers come out differently from the same settings."
+PROBED = 3
+"Of so many examples, the shortest that are asked, what a model says is part of the name under which answers are kept."
 WHOLE = 4096
 "Up to this size of the vocabulary whole distributions are kept."
+NAMES = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"})
+"Of a configuration: what decides nothing of what a model of given weights says."
 KEPT = 256
 "Of larger ones the likeliest tokens, in float16, and the probability of all others together."
 
@@ -197,7 +201,7 @@ def helper(
             return _asked(edited, asked) | {"known": torch.tensor(known)}
 
     training = plain(options.helper_training(seed=seed)) | {"hold": options.helper_hold}
-    key = {"helper": VERSION, **placed(base), "learned": fingerprint(learned), "asked": fingerprint(asked)}
+    key = {"helper": VERSION, **placed(base, asked), "learned": fingerprint(learned), "asked": fingerprint(asked)}
     tensors = kept(key | training, make)
     return Helper(
         answers=Answers(asked, tensors, vocab=base.vocab_size),
@@ -205,9 +209,29 @@ def helper(
     )
 
 
-def placed(model: Model) -> dict[str, str]:
-    """What of a model and its place decides a result, for a key."""
-    return {"model": model.fingerprint, "on": f"{model.device} {model.dtype}", "torch": torch.__version__}
+def placed(model: Model, asked: Sequence[Example]) -> dict[str, str]:
+    """What of a model and its place decides a result, for a key.
+
+    The weights alone do not: an edit that works beside them, and the mask token, show in what the model says.
+    """
+    return {
+        "model": model.fingerprint,
+        "settings": content_hash(settings_of(model)),
+        "says": _digest(_said(model, sorted(asked, key=lambda example: len(example.ids))[:PROBED])),
+        "on": f"{model.device} {model.dtype}",
+        "torch": torch.__version__,
+    }
+
+
+def settings_of(model: Model) -> dict[str, Any]:
+    """The model's configuration without names, versions and the dtype."""
+    return {name: value for name, value in model.core.config.to_dict().items() if name not in NAMES}
+
+
+@torch.no_grad()
+def _said(model: Model, examples: Sequence[Example]) -> Float[Tensor, "n vocab"]:
+    """The logits at the scored tokens."""
+    return losses.score(model, collate(examples, model).to(model.device)).logits.cpu()
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -217,8 +241,9 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 def kept(key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors from the user's cache folder, made where they are not there, and written where that is possible."""
-    path = cache_folder() / "helpers" / f"{content_hash(dict(key))}.safetensors"
-    if Processes.now().from_main(path.exists):  # all processes read, or all make
+    own = cache_folder() / "helpers" / f"{content_hash(dict(key))}.safetensors"
+    path, there = Processes.now().from_main(lambda: (own, own.exists()))
+    if there:  # all processes read, or all make
         log.info("helpers: %s is there already", path.name)
         return read_tensors(path)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
