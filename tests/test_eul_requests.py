@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from locedit.data.encode import encode
+from locedit.data.encode import collate, encode
 from locedit.data.items import Task
 from locedit.edit import Edit, answer_probabilities
 from locedit.edit.bake import bake
 from locedit.edit.fusion import average, fuse
 from locedit.errors import LoceditError
 from locedit.models import Model
-from locedit.unlearn import requests, unlearn
+from locedit.unlearn import eul, requests, unlearn
 from locedit.unlearn.requests import Requests, requests_by, unlearn_requests
 from tests import edits, tiny
 
@@ -85,6 +86,52 @@ def test_what_is_baked_are_the_fused_layers() -> None:
     assert [edit.kind for edit in (*made.edits, made.edit)] == ["modules", "modules", "weights"]
     wanted = bake(model, fuse([unlearn(model, task, "eul", **options) for task in two().values()]))
     assert made.edit.digest == wanted.digest
+
+
+def test_layers_without_biases_are_fused_and_baked_where_no_projection_has_one(tmp_path: Path) -> None:
+    """Of Llama-likes: the new weights are the fused layers, to the logits, and can be exported."""
+    model = edits.double("llama")
+    options: dict[str, Any] = {"activation": "linear", "bias": False, "learning_rate": 0.05, **QUICK}
+    layers = unlearn_requests(model, two(), "eul", **options).edit
+    assert layers.kind == "modules"
+    assert not any(bool(one.down_bias.any()) or bool(one.up_bias.any()) for one in layers.layers)
+    baked = unlearn_requests(model, two(), "eul", bake=True, **options).edit
+    assert baked.kind == "weights"
+    batch = collate(encode(model, edits.task().forget), model)
+    with torch.no_grad():
+        plain = model.logits(batch)
+        with layers.applied(model) as edited:
+            wanted = edited.logits(batch)
+        with baked.applied(model) as edited:
+            torch.testing.assert_close(edited.logits(batch), wanted, rtol=1e-9, atol=1e-9)
+    assert (wanted - plain).abs().max() > 1e-2
+    baked.export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep_grams": False}, "fusion='closed' needs keep_grams=True"),
+        ({"keep_grams": False, "fusion_retain": 1.0}, "fusion='closed' needs keep_grams=True"),
+        ({"activation": "linear", "bake": True}, "has no bias to hold the layers'; give bias=False"),
+        ({"activation": "linear", "bake": True, "fusion": "average"}, "has no bias to hold the layers'"),
+        ({"activation": "linear", "bake": True, "fusion": "chain"}, "has no bias to hold the layers'"),
+    ],
+)
+def test_what_cannot_be_fused_or_baked_is_said_before_training(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eul.Layers, "active", lambda _: pytest.fail("trained in vain"))
+    with pytest.raises(LoceditError, match=words) as raised:
+        unlearn_requests(tiny.model("llama"), two(), "eul", **QUICK, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_gram_matrices_there_is_the_average() -> None:
+    model = tiny.model("gpt2")
+    made = unlearn_requests(model, two(), "eul", fusion="average", keep_grams=False, **QUICK)
+    assert made.edit.digest == average(made.edits).digest
+    assert made.edits[0].layers[0].grams is None
 
 
 class Killed(Exception):

@@ -33,7 +33,7 @@ from locedit.data.items import Task
 from locedit.edit.bake import bake, projection
 from locedit.edit.edit import Edit
 from locedit.edit.fusion import RIDGE, average, fuse
-from locedit.edit.layer_training import Layers, Place, places
+from locedit.edit.layer_training import Layers, places
 from locedit.edit.objective import MakeHeld, Objective, Step
 from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError
@@ -138,12 +138,10 @@ def layers(model: Model, objective: Objective, options: EulOptions) -> MakeHeld:
     """Layers at the places of the set, with the data that their Gram matrices are taken over."""
 
     def make(within: ComponentSet | None, generator: torch.Generator) -> Layers:
-        at = places(model, within)
-        if options.bake:
-            _require_bakeable(model, at, options)
+        require_bakeable(model, within, options)
         return Layers(
             model,
-            at,
+            places(model, within),
             rank=options.rank,
             activation=options.activation,
             bias=options.bias,
@@ -155,9 +153,15 @@ def layers(model: Model, objective: Objective, options: EulOptions) -> MakeHeld:
     return make
 
 
-def _require_bakeable(model: Model, at: Sequence[Place], options: EulOptions) -> None:
-    """Before training, so that nothing is trained in vain."""
-    for place in at:
+def require_fusable(options: EulOptions) -> None:
+    """Raise LoceditError for options of several requests that fusing would refuse; before any of them is trained."""
+    if options.fusion == "closed" and not options.keep_grams:
+        raise LoceditError("fusion='closed' needs keep_grams=True; take fusion='average' or 'chain' without")
+
+
+def require_bakeable(model: Model, within: ComponentSet | None, options: EulOptions) -> None:
+    """Raise LoceditError where layers of these options cannot be baked as asked; before they are trained."""
+    for place in places(model, within) if options.bake else ():
         matrix = projection(model, place.point)
         if options.bias and matrix.bias is None:
             raise LoceditError(f"bake=True: {matrix.weight} has no bias to hold the layers'; give bias=False as well")

@@ -24,6 +24,7 @@ from locedit.provenance import content_hash, plain
 from locedit.runs import Run
 from locedit.storage import atomic_folder, read_json, write_json
 from locedit.unlearn import METHODS, prepare, stopping, unlearn
+from locedit.unlearn.eul import EulOptions, require_bakeable, require_fusable
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +144,14 @@ def check_requests(
         raise LoceditError(f"{name}: what is fused has one component set for all requests; give one, or fusion='chain'")
     if callable(within) and METHODS[name].needs_set:
         return {request: METHODS[name].options(**options) for request in tasks}
-    return {
+    chosen = {
         request: prepare(name, task, within=here, hold=hold, **options)
         for (request, task), here in zip(tasks.items(), sets, strict=True)
     }
+    for given in chosen.values():
+        if isinstance(given, EulOptions):
+            require_fusable(given)
+    return chosen
 
 
 def _differ(within: Where) -> bool:
@@ -211,6 +216,9 @@ class _Sequence:
         self.others = {role: data for role in ("retain", "heldout") if (data := getattr(first, role)) is not None}
 
     def run(self, folder: Path | None) -> Requests:
+        given = next(iter(self.chosen.values()))
+        if isinstance(given, EulOptions) and self.fuses is not None:
+            require_bakeable(self.model, self._where(0, next(iter(self.tasks.values()))), given)
         edits: list[Edit] = []
         rows = {request: {"unedited": self._level(task.forget)} for request, task in self.tasks.items()}
         others = {role: {"unedited": self._level(data)} for role, data in self.others.items()}
