@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from locedit.data.encode import collate, encode
+from locedit.edit.stepping import Stepping
 from locedit.edit.train import train
 from locedit.errors import LoceditError
 from locedit.unlearn import METHODS, prepare, unlearn
@@ -39,6 +40,33 @@ def test_forget_data_have_no_part_in_it() -> None:
     other = dataclasses.replace(task, forget=task.forget[:1])
     one, two = (unlearn(model, t, "sisa", check=False, **STEPS) for t in (task, other))
     assert all(torch.equal(a.values, b.values) for a, b in zip(one.patches, two.patches, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_layer": 2}, r"the parameter 'transformer\.h\.2\.\S+' is None in start=.* and \(\S+\) in GPT2"),
+        ({"tie_word_embeddings": False}, r"the parameter 'lm_head\.weight' is \(320, 48\) in start=.* and None in"),
+        ({"activation_function": "relu"}, "the setting 'activation_function' is relu in start=.* and gelu_new in"),
+    ],
+)
+def test_a_start_that_is_another_kind_of_model_is_refused(
+    settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line before training: its weights would say something else in the model."""
+    tiny.module("gpt2", seed=7, **settings).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(Stepping, "step", lambda *_: pytest.fail("trained"))
+    with pytest.raises(LoceditError, match=words) as raised:
+        unlearn(tiny.model("gpt2"), edits.task(start=str(tmp_path)), "sisa", check=False, **STEPS)
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_that_decide_nothing_may_differ(tmp_path: Path) -> None:
+    tiny.module("gpt2", seed=7, use_cache=False, resid_pdrop=0.1, eos_token_id=0).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    edit = unlearn(tiny.model("gpt2"), edits.task(start=str(tmp_path)), "sisa", check=False, **STEPS)
+    assert edit.kind == "weights"
 
 
 def test_what_cannot_be_is_said_before_anything_is_loaded(tmp_path: Path) -> None:

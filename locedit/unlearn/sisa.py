@@ -6,7 +6,9 @@ model had. Several shards are an ensemble with a training record, and no edit: s
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from locedit.components import ComponentSet
 from locedit.data.items import Task
@@ -18,8 +20,11 @@ from locedit.edit.train import train
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.provenance import measure, plain
-from locedit.unlearn.helpers import require_start, start_of
+from locedit.unlearn.helpers import require_start, settings_of, start_of
 from locedit.unlearn.registry import nll, objective_of
+
+WITHOUT_EFFECT = re.compile("_token_id$|drop|label|use_cache")
+"settings that change nothing of what a model says when it is asked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +72,35 @@ def sisa(model: Model, task: Task, *, within: ComponentSet | None, hold: str, op
     settings = plain(options) | {"hold": hold}
     with measure("sisa", model=model, data=task, settings=settings, seed=options.seed) as measured:
         start = start_of(model, task, by="sisa")
+        _require_alike(model, start)
         trained = train(start, _objective(start, task), options=options.training())
         with trained.applied(start) as again:
             now = again.anatomy.parameters
             values = [(Region(param=name), tensor.detach().to("cpu", copy=True)) for name, tensor in now.items()]
             edit = weights_edit(model, values, history=trained.history, outcome=trained.outcome)
     return dataclasses.replace(edit, provenance=measured.provenance)
+
+
+def _require_alike(model: Model, start: Model) -> None:
+    """Raise LoceditError unless the start's weights say in the model what they say in the start."""
+    for what, (own, other) in {
+        "parameter": (_shapes(model), _shapes(start)),
+        "setting": (_settings(model), _settings(start)),
+    }.items():
+        differing = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+        if differing:
+            raise LoceditError(
+                f"sisa: the {what} {differing[0]!r} is {other.get(differing[0])} in start={start.name!r} and "
+                f"{own.get(differing[0])} in {model.name}: as an edit it has to be the same model with other weights"
+            )
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.anatomy.parameters.items()}
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    return {name: value for name, value in settings_of(model).items() if not WITHOUT_EFFECT.search(name)}
 
 
 def _objective(start: Model, task: Task) -> Objective:
