@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from locedit import sisa
-from locedit.classification import Verbaliser
+from locedit.classification import Verbaliser, as_facts
 from locedit.components import ComponentSet
-from locedit.data import Dataset, LabelledText
+from locedit.data import Dataset, LabelledText, encode
 from locedit.edit.edit import Edit
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.sisa import Ensemble, Record, SisaOptions
+from locedit.sisa.hashes import tokens_hash
 from locedit.sisa.record import cut, new_record
 from locedit.sisa.training import checkpoint_folder, make
 from locedit.storage import read_json
@@ -49,12 +50,23 @@ def files(folder: Path) -> Files:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
+def fresh_record(model: Model, *, hold: str = "weights", within: ComponentSet | None = None, **options: Any) -> Record:
+    """The record of all items, without a folder."""
+    return new_record(
+        data(),
+        SisaOptions(**{**OPTIONS, **options}),
+        tokens={example.id: tokens_hash(example) for example in encode(model, as_facts(data(), WORDS))},
+        start="",
+        fingerprint=model.fingerprint,
+        verbaliser=WORDS,
+        hold=hold,
+        within=within,
+    )
+
+
 def scratch(folder: Path, model: Model, names: Sequence[str], **how: Any) -> Files:
     """All members trained from the start, on data that never had some items; the others are in the same slices."""
-    fields = {"hold": "weights", "within": None, **how}
-    record = new_record(
-        data(), SisaOptions(**OPTIONS), start="", fingerprint=model.fingerprint, verbaliser=WORDS, **fields
-    )
+    record = fresh_record(model, **how)
     shards = tuple(tuple(tuple(n for n in part if n not in names) for part in parts) for parts in record.shards)
     contents = {name: content for name, content in record.contents.items() if name not in names}
     record = dataclasses.replace(record, shards=shards, contents=contents)
@@ -115,7 +127,12 @@ def test_passes_of_the_slices_by_hand() -> None:
     assert SisaOptions(slices=4, epochs=10).passes() == [4, 4, 4, 4]
     assert SisaOptions(slices=3, epochs=5).passes() == [2, 3, 2], "floor differences of 2.5"
     assert SisaOptions(slices=1, epochs=5).passes() == [5]
-    assert SisaOptions(slices=4, epochs=10, batch_size=16).steps(2, items=33) == 4 * 3
+    assert SisaOptions(slices=5, epochs=4.8).passes() == [1, 2, 1, 2, 2], "5 * 1.6 is 8, and less in floats"
+    whole = SisaOptions(slices=4, epochs=10, batch_size=16)
+    assert whole.steps(2, items=33) == 9, "132 items in batches of 16"
+    assert whole.steps(0, items=5) == 4, "a batch is all 5 items"
+    assert whole.steps(0, items=17) == 5, "68 items, where four passes of two batches would draw 128"
+    assert whole.steps(0, items=0) == 0
 
 
 def test_a_key_is_of_exactly_what_is_trained_on(trained: Path) -> None:
@@ -193,7 +210,7 @@ def test_a_killed_deletion_goes_on(model: Model, copy: Path, tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             sisa.delete(copy, [name], model=model, data=data())
     assert not any(name in str(read_json(path)) for path in copy.glob("shard-1/slice-*/edit.json"))
-    with pytest.raises(LoceditError, match="not trained to its end"):
+    with pytest.raises(LoceditError, match="stopped in the middle"):
         Ensemble.load(copy, model)
     with pytest.raises(LoceditError, match="stopped in the middle"):
         sisa.verify(copy, model=model, data=data())
@@ -318,8 +335,6 @@ def test_a_slice_begins_where_the_one_before_ended(hold: str, tmp_path: Path) ->
     folder = _trained(tmp_path / "whole", model, hold=hold, within=inside(model))
     record = Record.load(folder)
     frozen = dataclasses.replace(record, options=dataclasses.replace(record.options, learning_rate=1e-30))
-    from locedit.classification import as_facts
-    from locedit.data import encode
     from locedit.sisa import training
 
     examples = {example.id: example for example in encode(model, as_facts(data(), WORDS))}

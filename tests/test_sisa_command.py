@@ -116,6 +116,7 @@ def test_slips_are_said_in_one_line(
     assert "item 'i0': unknown label 'no'" in error_of(capsys, "train", folder / "task", "--out", new)
     assert "did you mean 'epochs'" in error_of(capsys, "train", items, "--out", new, *TEMPLATE, "--epoch", 3)
     assert "'yes' is not LABEL=WORD" in error_of(capsys, "train", items, "--out", new, "--words", "yes,no")
+    assert "'yes' is given twice" in error_of(capsys, "train", items, "--out", new, "--words", "yes=a,yes=b")
     assert "must hold {text} exactly once" in error_of(capsys, "train", items, "--out", new, "--template", "x")
     assert "23 items cannot be cut into 8 shards" in error_of(
         capsys, "train", folder / "task", "--out", new, *TEMPLATE, "--shards", 8
@@ -126,11 +127,12 @@ def test_slips_are_said_in_one_line(
     )
     assert "no item 'i99'" in error_of(capsys, "delete", trained, "--ids", "i99")
     assert "no such file" in error_of(capsys, "delete", trained, "--ids", "gone.txt")
+    assert "no item 'i99'" in error_of(capsys, "delete", trained, "--ids", ",".join(["i99", *["i1"] * 100]))
     assert "nothing to delete" in error_of(capsys, "delete", trained, "--ids", ",")
     assert "shards are numbers from 0 to 1" in error_of(capsys, "verify", trained, "--shards", "2")
     assert "sisa verify has no option --steps" in error_of(capsys, "verify", trained, "--steps", "2")
     assert "no such file" in error_of(capsys, "verify", tmp_path / "nothing")
-    assert "is in the training data" in error_of(capsys, "evaluate", trained, items, test)
+    assert "the text of item 'i0' is in the training data" in error_of(capsys, "evaluate", trained, items, test)
     assert "is in the calibration data too" in error_of(capsys, "evaluate", trained, test, test)
     assert "did you mean 'yes'" in error_of(
         capsys, "evaluate", trained, folder / "calibration.jsonl", test, "--positive", "yess"

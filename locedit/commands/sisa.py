@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def sisa_command(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from locedit.sisa import Record, SisaOptions, train
-    from locedit.sisa.record import new_record
+    from locedit.sisa.record import require_items
 
     options = parse(SisaOptions, args.extra, method="sisa")
     verbaliser = _verbaliser(args)
@@ -40,15 +41,7 @@ def _train(args: argparse.Namespace) -> None:
         )
     start = str(Path(start).resolve()) if Path(start).exists() else start
     asked = ComponentSet.load(args.within) if args.within else None
-    new_record(
-        task.forget,
-        SisaOptions(**options),
-        start=start,
-        fingerprint="",
-        verbaliser=verbaliser,
-        hold=args.hold,
-        within=None,
-    )
+    require_items(task.forget, SisaOptions(**options))
     model = load(start, tokenizer=args.tokenizer, dtype=args.dtype, device=args.device)
     within = None if asked is None else bound(model, asked, args.within)
     data = dataclasses.replace(task.forget, source=str(Path(args.data).resolve()))
@@ -63,11 +56,10 @@ def _train(args: argparse.Namespace) -> None:
 
 def _delete(args: argparse.Namespace) -> None:
     from locedit.sisa import Record, delete
-    from locedit.sisa.deletion import unfinished
 
     record = Record.load(args.folder)
     ids = _ids(args.ids)
-    if not unfinished(args.folder):
+    if not record.unfinished:
         record.without(ids)  # an unknown id is said before the model is loaded
     model, data = _model(args, record.start), _data(args, record.source)
     note(str(delete(args.folder, ids, model=model, data=data)))
@@ -115,6 +107,8 @@ def _verbaliser(args: argparse.Namespace) -> Verbaliser:
         label, equals, word = part.partition("=")
         if not equals:
             raise LoceditError(f"--words {args.words!r}: {part!r} is not LABEL=WORD")
+        if label.strip() in given:
+            raise LoceditError(f"--words {args.words!r}: {label.strip()!r} is given twice")
         given[label.strip()] = word if word.startswith(" ") else f" {word}"
     usual = Verbaliser()
     template = usual.template if args.template is None else args.template.replace("\\n", "\n")
@@ -132,7 +126,7 @@ def _data(args: argparse.Namespace, source: str) -> Dataset:
 
 def _ids(text: str) -> list[str]:
     """Ids out of a file, one a line, or a comma list."""
-    if Path(text).is_file():
+    if os.path.isfile(text):  # not Path's, which fails for a list that is too long for a name
         return [line.strip() for line in read_text(Path(text)).splitlines() if line.strip()]
     if Path(text).suffix in SUFFIXES:
         raise LoceditError(f"--ids {text}: no such file")

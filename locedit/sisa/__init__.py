@@ -16,12 +16,13 @@ ensemble is trained. These predictors have no parameters of the model, so locali
 fitted on calibration data, and are to be fitted again after a deletion.
 """
 
-from locedit.sisa.deletion import Certificate, Verified, certificates, delete, verify
+from locedit.sisa.deletion import Certificate, certificates, delete
 from locedit.sisa.ensemble import Ensemble, majority, mean_probability, votes
 from locedit.sisa.options import SisaOptions
 from locedit.sisa.record import Record
 from locedit.sisa.start import train
 from locedit.sisa.training import Made
+from locedit.sisa.verification import Verified, verify
 
 __all__ = [
     "Certificate",

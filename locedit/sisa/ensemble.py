@@ -47,6 +47,7 @@ class Ensemble:
     def load(cls, folder: str | Path, model: Model, *, weighted: bool = False) -> "Ensemble":
         """The members of a training record; shards with nothing left have none. `model` is the start."""
         folder, record = Path(folder), Record.load(folder)
+        record.require_finished(folder)
         require_start(record, model)
         last = record.options.slices - 1
         sizes = {shard: len(record.trained_on(shard, last)) for shard in range(len(record.shards))}

@@ -19,7 +19,8 @@ from locedit.sisa.deletion import certificates
 from locedit.sisa.ensemble import Ensemble, mean_probability, votes
 from locedit.sisa.fair_scores import fit_thresholds, require_fairlearn
 from locedit.sisa.group_metrics import compare, equalized_odds_difference, expected_error, group_table
-from locedit.sisa.record import Record, item_hash
+from locedit.sisa.hashes import text_hash
+from locedit.sisa.record import Record
 from locedit.storage import read_json, write_json, write_text
 
 COLUMNS = (
@@ -130,8 +131,8 @@ def evaluate_fair(
     """Majority, mean probability, and the fair predictors fitted on the calibration data, measured on both.
 
     `positive` is the label whose rates are to be equal, by default the verbaliser's first. Votes count once a member.
-    Raises LoceditError for items without a group, for more than two classes, and for items of the training record
-    among the calibration or test data. Needs fairlearn.
+    Raises LoceditError for items without a group, for a group without items of either label, for more than two classes,
+    and for texts of the training record among the calibration or test data. Needs fairlearn.
     """
     record = Record.load(folder)
     require_fairlearn()
@@ -171,7 +172,10 @@ def fair_table(
     draws: int = 2000,
     seed: int = 0,
 ) -> FairTable:
-    """The table of predictors; "in" with whole tuples is left out above LIMIT members, and "pre" too."""
+    """The table of predictors; "in" with whole tuples is left out above LIMIT members, and "pre" too.
+
+    `tie` is the output of even votes, and of a mean probability of exactly one half.
+    """
     few = calibration.votes.votes.shape[1] <= fair.LIMIT
     fitted = [fair.fit(calibration.votes, "none", tie=tie)]
     if few:
@@ -182,7 +186,7 @@ def fair_table(
     chances: list[dict[str, Tensor]] = []
     for part in (calibration, test):
         own = {str(one): one.probabilities(part.votes.votes, part.votes.groups) for one in fitted}
-        own["mean probability"] = (part.score > 0.5).double()
+        own["mean probability"] = (part.score >= 0.5 if tie else part.score > 0.5).double()
         own["mean probability, fair thresholds"] = thresholds.probabilities(part.score, part.votes.groups)
         chances.append(own)
     held = test.votes
@@ -207,19 +211,31 @@ def check_fair_data(record: Record, calibration: Dataset, test: Dataset) -> None
     """Raise LoceditError for data on which fair predictions cannot be fitted or measured; needs no model."""
     if len(record.verbaliser.labels) != 2:
         raise LoceditError(f"fair predictions are of two classes; the record has {', '.join(record.verbaliser.labels)}")
-    trained = set(record.contents.values())
+    trained = {one.text for one in record.contents.values()}
     for data in (calibration, test):
         record.require_chat(data)
         for item in data.of(LabelledText, by="fair predictions"):
             if item.group is None:
                 raise LoceditError(f"{data.source}: item {item.id!r} has no group")
-            if item_hash(item) in trained:
-                raise LoceditError(f"{data.source}: item {item.id!r} is in the training data; give items of its own")
+            if text_hash(item.text) in trained:
+                raise LoceditError(f"{data.source}: the text of item {item.id!r} is in the training data; give others")
         label_numbers(data, record.verbaliser)
-    both = {item_hash(item) for item in calibration.of(LabelledText, by="fair predictions")}
+        _require_rates(data, record.verbaliser)
+    both = set(_texts(calibration))
     for item in test.of(LabelledText, by="fair predictions"):
-        if item_hash(item) in both:
-            raise LoceditError(f"{test.source}: item {item.id!r} is in the calibration data too")
+        if item.text in both:
+            raise LoceditError(f"{test.source}: the text of item {item.id!r} is in the calibration data too")
+
+
+def _require_rates(data: Dataset, verbaliser: Verbaliser) -> None:
+    """Raise LoceditError for a group without items of either label."""
+    items = data.of(LabelledText, by="fair predictions")
+    there = {(str(item.group), item.label) for item in items}
+    for group, label in itertools.product(sorted({group for group, _ in there}), verbaliser.labels):
+        if (group, label) not in there:
+            raise LoceditError(
+                f"{data.source}: group {group!r} has no item of label {label!r}, so a rate of it is not defined"
+            )
 
 
 def _judged(outputs: Tensor, data: Dataset, verbaliser: Verbaliser, column: int) -> Judged:

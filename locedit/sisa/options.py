@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from locedit.edit.options import OPTIMIZERS, TrainOptions
@@ -52,12 +53,16 @@ class SisaOptions:
 
         Their sum over slices, weighted with the share of the shard that each trains on, is about E.
         """
-        each = 2 * self.epochs / (self.slices + 1)
-        return [int((number + 1) * each) - int(number * each) for number in range(self.slices)]
+        each = 2 * Fraction(str(self.epochs)) / (self.slices + 1)  # a float's product may fall short of a whole number
+        return [math.floor((number + 1) * each) - math.floor(number * each) for number in range(self.slices)]
 
     def steps(self, number: int, *, items: int) -> int:
-        """Optimizer steps of a slice that trains on so many items."""
-        return self.passes()[number] * -(-items // self.batch_size)
+        """Optimizer steps of a slice that trains on so many items: the fewest that make its passes.
+
+        Batches go on across the end of a pass, and hold no more than all items.
+        """
+        drawn = self.passes()[number] * items
+        return -(-drawn // max(1, min(items, self.batch_size)))
 
     def training(self, *, steps: int, seed: int) -> TrainOptions:
         """The trainer's options for one slice."""

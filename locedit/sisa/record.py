@@ -1,7 +1,8 @@
 """The training record: which item is in which slice of which shard, and what every checkpoint was trained on."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 
 from locedit.classification import Verbaliser
 from locedit.components import ComponentSet
+from locedit.data.files import SUFFIXES
 from locedit.data.items import Dataset, LabelledText
 from locedit.errors import LoceditError, nearest
 from locedit.provenance import content_hash, plain
+from locedit.sisa.hashes import Hashes, item_hash, text_hash
 from locedit.sisa.options import SisaOptions
 from locedit.storage import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 HOLDS = ("weights", "adapter")
 
 Cut = tuple[tuple[tuple[str, ...], ...], ...]
@@ -29,6 +32,8 @@ class Request:
 
     places: dict[str, tuple[int, int]]
     "id -> the shard and the slice that it was in, from 0"
+    copies: tuple[str, ...] = ()
+    "items with the text of a deleted one that were not asked for and stay"
     done: bool = False
     "whether everything has been trained again"
 
@@ -51,11 +56,25 @@ class Record:
     "where members may differ from the start; None = anywhere"
     shards: Cut
     "ids that are still in the training data"
-    contents: dict[str, str]
-    "id -> hash of the item's text, label and fields, for every id above"
+    contents: dict[str, Hashes]
+    "of every id above"
     chat: str = "off"
     "how prompts reach the model, as in Dataset"
     requests: tuple[Request, ...] = ()
+    made_with: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    "versions, device and threads of the training: elsewhere the bits may differ"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a deletion was stopped in the middle."""
+        return bool(self.requests) and not self.requests[-1].done
+
+    def require_finished(self, folder: str | Path) -> None:
+        """Raise LoceditError after a deletion that was stopped in the middle."""
+        if self.unfinished:
+            raise LoceditError(
+                f"{folder}: a deletion was stopped in the middle; give `locedit sisa delete` again first"
+            )
 
     @property
     def deleted(self) -> set[str]:
@@ -66,8 +85,15 @@ class Record:
         """Ids that the checkpoint of a slice has been trained on: those of its own and of all slices before it."""
         return [name for part in self.shards[shard][: number + 1] for name in part]
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(shard, slice) of every checkpoint; a slice without any items, own or earlier, has none."""
+        every = ((shard, number) for shard in range(len(self.shards)) for number in range(self.options.slices))
+        return [place for place in every if self.trained_on(*place)]
+
     def key(self, shard: int, number: int) -> str:
         """Name of the checkpoint of a slice: a hash of exactly what it is trained on, and how."""
+        parts = [[(name, self.contents[name]) for name in part] for part in self.shards[shard][: number + 1]]
         return content_hash(
             {
                 "start": self.fingerprint,
@@ -76,7 +102,7 @@ class Record:
                 "options": plain(self.options),
                 "verbaliser": plain(self.verbaliser),
                 "place": [shard, number],
-                "items": [[[name, self.contents[name]] for name in part] for part in self.shards[shard][: number + 1]],
+                "items": [[[name, one.item, one.tokens] for name, one in part] for part in parts],
             }
         )
 
@@ -103,7 +129,9 @@ class Record:
         if not any(part for parts in shards for part in parts):
             raise LoceditError("nothing would be left to train on; without any data the model is the start itself")
         contents = {name: value for name, value in self.contents.items() if name not in gone}
-        request = Request(places=gone)
+        texts = {self.contents[name].text for name in gone}
+        copies = tuple(name for name, value in contents.items() if value.text in texts)
+        request = Request(places=gone, copies=copies)
         return dataclasses.replace(self, shards=shards, contents=contents, requests=(*self.requests, request))
 
     def items(self, data: Dataset) -> dict[str, LabelledText]:
@@ -113,7 +141,7 @@ class Record:
         for name, content in self.contents.items():
             if name not in found:
                 raise LoceditError(f"{data.source}: item {name!r} of the training record is not there")
-            if item_hash(found[name]) != content:
+            if item_hash(found[name]) != content.item:
                 raise LoceditError(f"{data.source}: item {name!r} is not the same as when the record was made")
         return {name: found[name] for name in self.contents}
 
@@ -139,11 +167,9 @@ class Record:
             "within": self.within is not None,
             "chat": self.chat,
             "shards": [{f"slice {n}": list(part) for n, part in enumerate(parts)} for parts in self.shards],
-            "contents": self.contents,
-            "requests": [
-                {"done": one.done, "places": {name: list(place) for name, place in one.places.items()}}
-                for one in self.requests
-            ],
+            "contents": {name: plain(value) for name, value in self.contents.items()},
+            "requests": [plain(one) for one in self.requests],
+            "made_with": self.made_with,
         }
         write_json(Path(folder) / "record.json", value)
 
@@ -164,28 +190,55 @@ class Record:
                 hold=value["hold"],
                 within=ComponentSet.load(Path(folder) / "within.json") if value["within"] else None,
                 shards=tuple(tuple(tuple(part) for part in parts.values()) for parts in value["shards"]),
-                contents=value["contents"],
+                contents={name: Hashes(**one) for name, one in value["contents"].items()},
                 chat=value.get("chat", "off"),
-                requests=tuple(
-                    Request(done=one["done"], places={name: (at[0], at[1]) for name, at in one["places"].items()})
-                    for one in value["requests"]
-                ),
+                requests=tuple(_request(one) for one in value["requests"]),
+                made_with=value["made_with"],
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise LoceditError(f"{path}: not a training record ({error!r})") from error
 
 
-def new_record(data: Dataset, options: SisaOptions, **fields: Any) -> Record:
-    """The record of data of which nothing is deleted: shuffled by the seed, cut into shards, and each into slices."""
+def _request(value: Mapping[str, Any]) -> Request:
+    places = {name: (at[0], at[1]) for name, at in value["places"].items()}
+    return Request(places=places, copies=tuple(value["copies"]), done=value["done"])
+
+
+def require_items(data: Dataset, options: SisaOptions) -> tuple[LabelledText, ...]:
+    """The items; LoceditError for too few, and for ids that are line numbers; needs no model.
+
+    A line number names another item once a deleted line is taken out of the file.
+    """
     items = data.of(LabelledText, by="sisa")
     if len(items) < options.shards * options.slices:
         raise LoceditError(
             f"{data.source}: {len(items)} items cannot be cut into {options.shards} shards of {options.slices} slices"
         )
+    for item in items:
+        if _LINE.fullmatch(item.id):
+            raise LoceditError(
+                f"{data.source}: {item.id!r} has only its line for a name, which changes when a deleted line is taken "
+                'out; give every item an "id" of its own'
+            )
+        item_hash(item)  # raises for what is no text
+    return items
+
+
+_LINE = re.compile(f".*({'|'.join(map(re.escape, SUFFIXES))}):[0-9]+")
+
+
+def new_record(data: Dataset, options: SisaOptions, *, tokens: Mapping[str, str], **fields: Any) -> Record:
+    """The record of data of which nothing is deleted: shuffled by the seed, cut into shards, and each into slices.
+
+    `tokens` are the hashes of what the model is given of each item.
+    """
+    items = require_items(data, options)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(options.seed)).tolist()
     shuffled = [items[at].id for at in order]
     shards = tuple(tuple(tuple(part) for part in cut(shard, options.slices)) for shard in cut(shuffled, options.shards))
-    contents = {item.id: item_hash(item) for item in items}
+    contents = {
+        item.id: Hashes(item=item_hash(item), text=text_hash(item.text), tokens=tokens[item.id]) for item in items
+    }
     return Record(source=data.source, options=options, shards=shards, contents=contents, chat=data.chat, **fields)
 
 
@@ -197,8 +250,3 @@ def cut(items: Sequence[str], parts: int) -> list[Sequence[str]]:
     """
     ends = [len(items) * (number + 1) // parts for number in range(parts)]
     return [items[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def item_hash(item: LabelledText) -> str:
-    """16 hexadecimal digits over everything but the id."""
-    return content_hash({**dataclasses.asdict(item), "id": ""})

@@ -5,6 +5,7 @@ from typing import Any
 
 from locedit.classification import Verbaliser, as_facts, require_verbaliser
 from locedit.components import ComponentSet
+from locedit.data.encode import encode
 from locedit.data.items import Dataset
 from locedit.edit.adapter import linear_pieces
 from locedit.edit.regions import regions, require_same_model
@@ -12,10 +13,11 @@ from locedit.errors import LoceditError, nearest
 from locedit.models import Model
 from locedit.options import fill
 from locedit.provenance import plain
-from locedit.sisa.deletion import unfinished
+from locedit.sisa.hashes import tokens_hash
 from locedit.sisa.options import SisaOptions
-from locedit.sisa.record import HOLDS, Record, new_record
-from locedit.sisa.training import Made, make
+from locedit.sisa.record import HOLDS, Record, new_record, require_items
+from locedit.sisa.stale import remove_half_written, remove_stale
+from locedit.sisa.training import Made, made_with, make, warn_elsewhere
 from locedit.storage import refuse_overwrite
 
 
@@ -33,25 +35,32 @@ def train(
 
     `model` must not have seen the data. `within` restricts every member to a component set, `hold="adapter"` trains a
     LoRA there. `options` are those of SisaOptions. A whole-model checkpoint holds the new weights and their float32
-    change: two models a slice, shards times slices of them. Raises LoceditError for a folder of other settings.
+    change: two models a slice, shards times slices of them. Raises LoceditError for a folder of other settings, and
+    for items that have no id of their own but the number of their line.
     """
     verbaliser = verbaliser or Verbaliser()
     chosen = fill(SisaOptions, options, method="sisa")
+    require_items(data, chosen)
     check(model, data, verbaliser=verbaliser, within=within, hold=hold)
     record = new_record(
         data,
         chosen,
+        tokens={example.id: tokens_hash(example) for example in encode(model, as_facts(data, verbaliser))},
         start=model.name,
         fingerprint=model.fingerprint,
         verbaliser=verbaliser,
         hold=hold,
         within=within,
+        made_with=made_with(model),
     )
     folder = Path(folder)
     if (folder / "record.json").exists():
-        return make(folder, _same(folder, record), model, data)
-    refuse_overwrite(folder, force=False)
-    record.save(folder)
+        record = _same(folder, record)
+        warn_elsewhere(record, model)
+        remove_stale(folder, record)
+    else:
+        _require_new(folder)
+        record.save(folder)
     return make(folder, record, model, data)
 
 
@@ -68,14 +77,24 @@ def check(model: Model, data: Dataset, *, verbaliser: Verbaliser, within: Compon
         linear_pieces(model, within, log_left_out=False)
 
 
+def _require_new(folder: Path) -> None:
+    """An empty folder, or one with what a start that was killed before its record was written has left."""
+    if folder.is_dir() and all(path.name == "within.json" or path.name.startswith(".") for path in folder.iterdir()):
+        remove_half_written(folder)
+        (folder / "within.json").unlink(missing_ok=True)
+    else:
+        refuse_overwrite(folder, force=False)
+
+
 def _same(folder: Path, record: Record) -> Record:
     """The record that is there, when it was made from the same things."""
     there = Record.load(folder)
-    if unfinished(folder):
-        raise LoceditError(f"{folder}: a deletion was stopped in the middle; give `locedit sisa delete` again first")
+    there.require_finished(folder)
     if there.requests:
         raise LoceditError(f"{folder}: items were deleted from this training; give another folder")
-    for name in ("fingerprint", "hold", "chat", "contents", "shards"):
+    if _items(there) != _items(record):
+        raise LoceditError(f"{folder} holds a training on other items; give another folder")
+    for name in ("fingerprint", "hold", "chat"):
         if getattr(there, name) != getattr(record, name):
             raise LoceditError(f"{folder} holds a training with another {name}; give another folder")
     for name in ("options", "verbaliser"):
@@ -85,6 +104,17 @@ def _same(folder: Path, record: Record) -> Record:
                 raise LoceditError(
                     f"{folder} holds a training with {key}={old[key]!r}, not {new[key]!r}; give another folder"
                 )
+    if there.contents != record.contents:
+        raise LoceditError(
+            f"{folder} holds a training on other tokens of these items: another tokenizer or chat template; give "
+            "another folder"
+        )
+    if there.shards != record.shards:
+        raise LoceditError(f"{folder} holds a training on these items in another order; give another folder")
     if any(there.key(shard, 0) != record.key(shard, 0) for shard in range(len(there.shards))):
         raise LoceditError(f"{folder} holds a training in another component set; give another folder")
     return there
+
+
+def _items(record: Record) -> dict[str, str]:
+    return {name: one.item for name, one in record.contents.items()}

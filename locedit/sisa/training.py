@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,14 @@ from locedit.edit.restrict import Path as How
 from locedit.edit.train import train as minimise
 from locedit.errors import LoceditError
 from locedit.models import Model
+from locedit.provenance import versions
+from locedit.sisa.hashes import tokens_hash
 from locedit.sisa.record import Record
 
 log = logging.getLogger(__name__)
+
+UNFINISHED = "unfinished"
+"""The folder of half-trained slices, each in a folder with the name of its key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,41 +69,57 @@ def make(
 ) -> list[Made]:
     """Train every slice whose checkpoint is not there, and return what was trained; a kill loses a few steps at most.
 
-    `shards` are those to look at, by default all. A slice without any items, own or earlier, has no checkpoint.
+    `shards` are those to look at, by default all.
     """
     require_start(record, model)
-    examples = {example.id: example for example in encode(model, as_facts(_kept(record, data), record.verbaliser))}
-    require_verbaliser(model, record.verbaliser, chat=data.chat)
-    wanted = range(len(record.shards)) if shards is None else shards
-    missing = {
-        (shard, number)
-        for shard in wanted
-        for number in range(record.options.slices)
-        if record.trained_on(shard, number) and not checkpoint_folder(folder, record, shard, number).exists()
-    }
+    examples = encoded(record, model, data)
+    places = missing(folder, record, shards=shards)
     made: list[Made] = []
-    with checkpoints(folder / "unfinished"):
-        for shard, number in sorted(missing):
-            progress.report("slices", len(made), len(missing))
+    for shard, number in places:
+        progress.report("slices", len(made), len(places))
+        with checkpoints(folder / UNFINISHED / record.key(shard, number)):
             edit = train_slice(folder, record, model, examples, shard=shard, number=number)
             edit.save(checkpoint_folder(folder, record, shard, number))
-            made.append(Made(shard=shard, number=number, items=len(record.trained_on(shard, number)),
-                             steps=edit.outcome["steps"]))  # fmt: skip
-    progress.report("slices", len(missing), len(missing))
+        items = len(record.trained_on(shard, number))
+        made.append(Made(shard=shard, number=number, items=items, steps=edit.outcome["steps"]))
+    if not missing(folder, record):
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    progress.report("slices", len(places), len(places))
     return made
 
 
-def remove_stale(folder: Path, record: Record) -> list[Path]:
-    """Remove checkpoints that were trained on anything but what the record holds now, and unfinished training."""
-    shutil.rmtree(folder / "unfinished", ignore_errors=True)
-    removed: list[Path] = []
-    for shard in range(len(record.shards)):
-        kept = {checkpoint_folder(folder, record, shard, number) for number in range(record.options.slices)}
-        for path in sorted((folder / f"shard-{shard}").glob("*slice-*")):
-            if path not in kept:
-                shutil.rmtree(path)
-                removed.append(path)
-    return removed
+def missing(folder: Path, record: Record, *, shards: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """(shard, slice) of the checkpoints that are not there, of these shards or of all."""
+    wanted = set(range(len(record.shards)) if shards is None else shards)
+    places = [place for place in record.places if place[0] in wanted]
+    return [place for place in places if not checkpoint_folder(folder, record, *place).exists()]
+
+
+def encoded(record: Record, model: Model, data: Dataset) -> dict[str, Example]:
+    """The record's items by id, as the model is given them; LoceditError where that is not as in the training."""
+    require_verbaliser(model, record.verbaliser, chat=data.chat)
+    kept = data.replace(list(record.items(data).values()))
+    examples = {example.id: example for example in encode(model, as_facts(kept, record.verbaliser))}
+    for name, example in examples.items():
+        if tokens_hash(example) != record.contents[name].tokens:
+            raise LoceditError(
+                f"item {name!r} has other tokens than when the record was made: another tokenizer or chat template"
+            )
+    return examples
+
+
+def made_with(model: Model) -> dict[str, Any]:
+    """What the bits of a training depend on beside its inputs."""
+    return {"device": str(model.device), "threads": torch.get_num_threads(), **versions()}
+
+
+def warn_elsewhere(record: Record, model: Model) -> None:
+    """Log in what this machine differs from the one that the members were trained on."""
+    now = made_with(model)
+    others = [f"{name} {now.get(name)} for {was}" for name, was in record.made_with.items() if now.get(name) != was]
+    if others:
+        log.warning("the bits may differ though nothing is wrong, for the members were made with others: %s",
+                    ", ".join(others))  # fmt: skip
 
 
 def require_start(record: Record, model: Model) -> None:
@@ -160,7 +182,3 @@ def _put(held: Held, values: Sequence[Tensor | None]) -> None:
         for parameter, value in zip(held.parameters, values, strict=True):
             assert value is not None, "a trained edit holds its float32 change"
             parameter.copy_(value)
-
-
-def _kept(record: Record, data: Dataset) -> Dataset:
-    return data.replace(list(record.items(data).values()))
