@@ -8,7 +8,8 @@ the MLP neurons of all layers only; sets that are chosen without looking at any 
 calibration sentences and measured on 2,000 others. The cost of a deletion is counted from the record: the share of all
 optimizer steps that 1, 5 and 20 random items in one request train again, averaged over 200 draws. One item is deleted,
 and its shard is trained from the start and compared bit for bit. Writes OUT.md, .csv and .png (needs kaleido and a
-Chromium). Each result is kept in --work, so the same command goes on where it was stopped.
+Chromium). Each result is kept in --work, so the same command goes on where it was stopped; one of other arguments is
+made again.
 """
 
 import argparse
@@ -90,8 +91,9 @@ def one(data: Path, start: Model, how: str, seed: int, args: argparse.Namespace)
     train, calibration, test = (read_facts(data / f"{part}.jsonl") for part in ("train", "calibration", "test"))
     folder = Path(args.work) / f"{seed}-{how.replace(' ', '-')}"
     kept = folder / "result"
-    if (kept / "result.json").exists():
-        value = read_json(kept / "result.json")
+    decides = {"seed": seed, **{name: getattr(args, name) for name in ("shards", "slices", "epochs", "rate", "draws")}}
+    value = read_json(kept / "result.json") if (kept / "result.json").exists() else {}
+    if value.pop("args", None) == decides:
         cost = {int(count): share for count, share in value.pop("cost").items()}
         return Result(seed=seed, how=how, table=FairTable.load(kept), cost=cost, **value)
     if folder.exists():
@@ -115,7 +117,7 @@ def one(data: Path, start: Model, how: str, seed: int, args: argparse.Namespace)
         "again": again,
     }
     table.save(kept)
-    write_json(kept / "result.json", value)
+    write_json(kept / "result.json", value | {"args": decides})
     return Result(seed=seed, how=how, table=table, **value)
 
 
@@ -127,19 +129,15 @@ def place(model: Model, how: str) -> ComponentSet | None:
 
 
 def mean_cost(record: sisa.Record, count: int, *, seed: int) -> float:
-    """Share of all steps that a request for `count` random items trains again."""
+    """Share of all steps, on what is left, that a request for `count` random items trains again; mean of 200 draws."""
     rng, total = Random(seed), 0.0
-    names, slices = list(record.contents), record.options.slices
-
-    def steps(of: sisa.Record, shard: int, number: int) -> int:
-        return of.options.steps(number, items=len(of.trained_on(shard, number)))
-
-    everything = sum(steps(record, shard, number) for shard in range(len(record.shards)) for number in range(slices))
     for _ in range(200):
-        after = record.without(rng.sample(names, count))
+        after = record.without(rng.sample(list(record.contents), count))
         first = first_slices(after.requests[-1].places.values())
-        total += sum(steps(after, shard, number) for shard, at in first.items() for number in range(at, slices))
-    return total / 200 / everything
+        steps = {(k, n): after.options.steps(n, items=len(after.trained_on(k, n))) for k, n in after.places}
+        again = sum(steps[k, n] for k, n in after.places if k in first and n >= first[k])
+        total += again / sum(steps.values())
+    return total / 200
 
 
 def members_accuracy(ensemble: sisa.Ensemble, test: Dataset, record: sisa.Record) -> float:
