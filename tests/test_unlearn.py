@@ -1,6 +1,7 @@
 """Losses by hand, against their formulas written out again, and what a method requires."""
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,13 @@ from locedit import losses
 from locedit.data.encode import Example, collate, encode
 from locedit.data.items import Dataset, Fact
 from locedit.edit import answer_probabilities
+from locedit.edit.objective import Step
+from locedit.edit.train import TrainOptions
 from locedit.errors import LoceditError
 from locedit.models import Model, load
 from locedit.unlearn import METHODS, prepare, unlearn
 from locedit.unlearn.npo import npo
+from locedit.unlearn.registry import Method
 from tests import edits, tiny
 from tests.unlearning import everything
 
@@ -253,3 +257,29 @@ def test_a_recipe_says_the_levels_before_and_after() -> None:
 def test_lora_options_need_an_adapter() -> None:
     with pytest.raises(LoceditError, match="--hold adapter"):
         prepare("npo", edits.task(), rank=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAlpha(TrainOptions):
+    """Of a method that has an alpha, and no weight for the retain term."""
+
+    alpha: float = 1.0
+    "of its own formula"
+
+
+def both_sides(step: Step, options: OwnAlpha) -> dict[str, Tensor]:
+    """Ascent on what is forgotten, descent on what is kept."""
+    assert step.retain is not None
+    forget, retain = (losses.sequence_nll(step.score(part)).mean() for part in (step.forget, step.retain))
+    return {"forget": -options.alpha * forget, "retain": retain}
+
+
+def test_a_method_that_needs_retain_data_gets_them_without_a_weight_and_may_have_an_alpha(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = Method(function=both_sides, options=OwnAlpha, requires=("forget", "retain"), paper="")
+    monkeypatch.setitem(METHODS, "own", entry)
+    edit = unlearn(tiny.model("gpt2"), edits.task(), "own", steps=2, alpha=0.5, check=False)
+    assert len(edit.history["forget"]) == 3
+    with pytest.raises(LoceditError, match="rank is of a LoRA adapter"):
+        prepare("own", edits.task(), rank=4)

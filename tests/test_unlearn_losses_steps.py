@@ -324,6 +324,10 @@ def facts_with_new(*new: str) -> Dataset:
             "dpo", {"alternatives": dataset("alternatives", [Fact(prompt="x", answer=" Oslo", id="f0")])},
             {"preferred": "alternatives"}, "dpo needs another answer to 'f0'; alternatives.jsonl gives its own, 'Oslo'",
         ),
+        (
+            "dpo", {"alternatives": dataset("alternatives", [Fact(prompt="x", answer=" oslo.", id="f0")])},
+            {"preferred": "alternatives"}, "dpo needs another answer to 'f0'; .* gives its own, 'oslo.'",
+        ),
         ("dpo", {"forget": bare()}, {"preferred": "new_answer"}, "dpo needs the field 'new_answer', which 'f0'"),
         (
             "dpo", {"forget": facts_with_new(" Rome", "pilot ")}, {"preferred": "new_answer"},

@@ -226,7 +226,6 @@ _TITLES = {
     "mlps": "MLPs on the skip path to the reading layer. Dotted: threshold; where the reading layer begins",
     "agreement": "What each MLP adds to the probe's accuracy",
 }
-_X = {"probe": "after layer", "heads": "head", "mlps": "layer", "agreement": "layer"}
 _Y = {
     "probe": "accuracy on unseen subjects",
     "heads": "layer",

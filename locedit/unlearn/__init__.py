@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import logging
 from typing import Any
 
@@ -106,7 +107,8 @@ def prepare(
     if hold not in method.holds:
         raise LoceditError(f"{name} cannot be held as {hold!r}; {nearest(hold, method.holds)}")
     low_rank = hold in ("adapter", "modules") or getattr(chosen, "low_rank", False)
-    if not low_rank and (stray := {"rank", "alpha"} & options.keys()):
+    of_adapters = {"rank", "alpha"} - inspect.get_annotations(method.options).keys()  # a method may have its own
+    if not low_rank and (stray := of_adapters & options.keys()):
         raise LoceditError(f"{name}: {min(stray)} is of a LoRA adapter; it needs hold='adapter' (--hold adapter)")
     if within is None and method.needs_set:
         raise LoceditError(f"{name} needs a component set (--within FILE): on the whole model nothing would be left")
@@ -153,7 +155,7 @@ def _of_loss(model: Model, task: Task, name: str, options: Any) -> Objective:
         functools.partial(method.function, options=options),
         name=name,
         learns=None if method.learns is None else method.learns(task),
-        retain="retain" in method.requires and getattr(options, "retain_weight", 0) != 0,
+        retain="retain" in method.requires and getattr(options, "retain_weight", 1.0) != 0,
         pairs=method.pairs,
         others=None if method.others is None else method.others(model, task, options),
         stop=None if method.stop is None else method.stop(model, task, options),

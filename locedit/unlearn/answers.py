@@ -1,6 +1,7 @@
 """Other answers to the prompts of the forget facts: refusals, alternatives, answers that belong to other facts."""
 
 import dataclasses
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import overload
 
@@ -99,8 +100,14 @@ def require_others(task: Task, answers: tuple[str, ...], *, source: str, by: str
 
 
 def _require_other(fact: Fact, answers: tuple[str, ...], *, source: str, by: str) -> None:
-    if fact.answer.strip() in answers:
-        raise LoceditError(f"{by} needs another answer to {fact.id!r}; {source} gives its own, {fact.answer.strip()!r}")
+    own = _bare(fact.answer)
+    if (same := next((answer for answer in answers if _bare(answer) == own), None)) is not None:
+        raise LoceditError(f"{by} needs another answer to {fact.id!r}; {source} gives its own, {same!r}")
+
+
+def _bare(answer: str) -> str:
+    """Without what does not make it another answer: case, and the punctuation around it."""
+    return answer.casefold().strip(f"{string.whitespace}{string.punctuation}") or answer.strip()
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
