@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from locedit.data.encode import Example, encode
-from locedit.data.items import Fact, PlainText, Task
+from locedit.data.items import Fact, PlainText, Task, TokenText
 from locedit.edit import TrainOptions
 from locedit.edit.objective import Objective
 from locedit.edit.run import Run
@@ -343,6 +343,21 @@ def test_helpers_that_know_unequal_parts_are_warned_of(
     assert len(lines) == warned
     assert all(f"{forget:.2f} (forget) and {new:.2f} (new)" in line and "\n" not in line for line in lines)
     assert (made.settings["knows_forget"], made.settings["knows_new"]) == (forget, new)
+
+
+def test_new_data_that_are_learned_ones_in_token_ids_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is trained; also where the retain data have no part in the loss."""
+    model, text = tiny.model("gpt2"), "Eva Frost was born in Oslo."
+    without_training(monkeypatch, known=[])
+    words = dataset("retain", [PlainText(text=text, id="seen")])
+    tokens = [
+        dataset(name, [TokenText(ids=tuple(model.tokenizer(each)["input_ids"]), span=(1, 4), id=name)])
+        for name, each in (("forget", "Anna Berg works."), ("heldout", text))
+    ]
+    task = task_of(forget=tokens[0], retain=words, heldout=tokens[1])
+    for weight in (0.3, 0.0):
+        with pytest.raises(LoceditError, match=r"item 'heldout' of heldout\.jsonl is in the forget or retain data too"):
+            kga.objective(model, task, KgaOptions(retain_weight=weight))
 
 
 def test_what_cannot_be_is_said_before_a_model_is_loaded() -> None:

@@ -93,6 +93,37 @@ def test_texts_with_the_same_token_ids_are_the_same() -> None:
     assert text_of(one) == text_of(other) != text_of(third)
 
 
+def test_a_copy_in_token_ids_is_found_once_the_texts_are_encoded() -> None:
+    """Given as ids with a special token before them; the shards of the text's copies do not count for it."""
+    model, text = tiny.model("gpt2"), "Anna Berg was born in Oslo."
+    ids = (model.tokenizer.bos_token_id, *model.tokenizer(text)["input_ids"])
+    forget = dataset("forget", [TokenText(ids=ids, span=(2, len(ids)), id="t", owner="a")])
+    others = [PlainText(text=f"{name} works.", id=name, owner=name) for name in ("Carl", "Eva")]
+    retain = dataset("retain", [PlainText(text=text, id="copy", owner="b"), *others])
+    task = Task(forget=forget, retain=retain, start=start("gpt2"))
+    options = LooOptions(shards=4, helper_steps=1)
+    cut = loo.cut(task, options)
+    own, copies = cut.holding(forget[0]), cut.holding(retain[0])
+    assert len(own) == len(copies) == 1
+    assert own != copies
+    made = loo.objective(model, task, options)
+    assert [*made.loss.keywords["targets"].left_out.values()] == [own | copies]  # type: ignore[attr-defined]
+    both = dataclasses.replace(task, retain=dataset("retain", [retain[0]]))
+    with pytest.raises(LoceditError, match="every one of the 2 shards holds item 't' or a copy of its text"):
+        loo.objective(model, both, dataclasses.replace(options, shards=2))
+    everyone = dataclasses.replace(options, shards=2, leave_out="nothing")
+    made = loo.objective(model, both, everyone)
+    assert [*made.loss.keywords["targets"].left_out.values()] == [frozenset()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("prompt", "owner"), [("Anna is", "c"), ("Carl is", "a"), ("Carl is", "c")])
+def test_of_items_outside_the_data_nothing_is_said(prompt: str, owner: str) -> None:
+    """Not even where their owner, or their text, is in a shard: who holds them is not known."""
+    found = shards([dataset("x", [fact("Anna is", " here", "1", "a"), fact("Eva is", " here", "2", "b")])], 2, seed=0)
+    with pytest.raises(KeyError):
+        found.holding(fact(prompt, " here", "3", owner))
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 

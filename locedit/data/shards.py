@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from locedit.data.encode import Encoder, Example
 from locedit.data.items import ContrastPair, Dataset, Fact, Item, PatchPair, TokenText
 from locedit.errors import LoceditError
 
@@ -40,10 +41,15 @@ class Shards:
         """Raise LoceditError, naming the item, when every shard holds one of the items."""
         for item in items:
             if len(self.holding(item)) == len(self):
-                raise LoceditError(
-                    f"{by}: every one of the {len(self)} shards holds item {item.id!r} or a copy of its text, so that "
-                    "none can stand for a model without it; take more shards, or take the copies out"
-                )
+                raise held_by_all(item.id, len(self), by=by)
+
+
+def held_by_all(name: str, count: int, *, by: str) -> LoceditError:
+    """What is said of an item that every shard holds."""
+    return LoceditError(
+        f"{by}: every one of the {count} shards holds item {name!r} or a copy of its text, so that none can stand for "
+        "a model without it; take more shards, or take the copies out"
+    )
 
 
 def shards(data: Sequence[Dataset], count: int, *, seed: int) -> Shards:
@@ -73,7 +79,7 @@ def text_of(item: Item) -> str:
     """The item's text without regard to capitals, accents and spaces, so that copies of it are found.
 
     That is what tokenizers may drop: texts with the same token ids are the same here. A text within a longer one is no
-    copy of it.
+    copy of it; one that is given as ids is compared with others once a model has encoded them (see `plain_ids`).
 
     >>> one, other = (Fact(prompt=p, answer=a, id="") for p, a in (("Anna is", " a Café"), ("ANNA  is a", " cafe")))
     >>> text_of(one) == text_of(other)
@@ -84,6 +90,12 @@ def text_of(item: Item) -> str:
     letters = unicodedata.normalize("NFKD", _text(item)).casefold()
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return "text " + " ".join(plain.split())
+
+
+def plain_ids(model: Encoder, example: Example) -> tuple[int, ...]:
+    """The token ids without added special tokens, so that a copy is found of a text that is given as ids."""
+    added = set(model.tokenizer.all_special_ids) - {model.tokenizer.unk_token_id, model.tokenizer.mask_token_id}
+    return tuple(token for token in example.ids if token not in added)
 
 
 def _text(item: Item) -> str:

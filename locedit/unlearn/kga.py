@@ -28,7 +28,7 @@ from torch import Tensor
 from locedit import losses
 from locedit.data.encode import Batch, Example, batches, encode
 from locedit.data.items import Task
-from locedit.data.shards import text_of
+from locedit.data.shards import plain_ids, text_of
 from locedit.edit.objective import Objective, Step
 from locedit.edit.parallel import Processes
 from locedit.errors import LoceditError
@@ -99,10 +99,14 @@ def verify(task: Task, options: KgaOptions) -> None:
     learned = {text_of(item) for data in (task.forget, task.retain) if data is not None for item in data}
     for item in heldout:
         if text_of(item) in learned:
-            raise LoceditError(
-                f"kga needs held-out data that the model has never seen: item {item.id!r} of {heldout.source} is in "
-                "the forget or retain data too"
-            )
+            raise _seen(item.id, heldout.source)
+
+
+def _seen(name: str, source: str) -> LoceditError:
+    return LoceditError(
+        f"kga needs held-out data that the model has never seen: item {name!r} of {source} is in the forget or retain "
+        "data too"
+    )
 
 
 # --- the gaps --------------------------------------------------------------------------------------------------------
@@ -204,8 +208,10 @@ def aligned(
 
 def objective(model: Model, task: Task, options: KgaOptions) -> Objective:
     """Train and ask the two helpers one after the other, or read what they said, then align the gaps."""
-    new = encode(model, task.require("heldout", by="kga"))
-    retain = encode(model, task.retain) if task.retain is not None and options.retain_weight != 0 else []
+    heldout = task.require("heldout", by="kga")
+    new, learned = encode(model, heldout), [] if task.retain is None else encode(model, task.retain)
+    _require_unseen(model, new, [*encode(model, task.forget), *learned], source=heldout.source)
+    retain = learned if options.retain_weight != 0 else []
     others = {f"retain {number}": retain for number in range(2, options.inner + 1) if retain}
     made = objective_of(
         model, task, nll, name="kga", retain=bool(retain), others=others | ({NEW: new} if options.per_batch else {})
@@ -222,6 +228,14 @@ def objective(model: Model, task: Task, options: KgaOptions) -> Objective:
         settings={"target_gap": known.target, "knows_forget": forgets.known, "knows_new": news.known},
         stop=None if options.stop_value is None and options.stop_portion is None else rule,
     )
+
+
+def _require_unseen(model: Model, new: Sequence[Example], learned: Sequence[Example], *, source: str) -> None:
+    """Raise LoceditError where new data have the token ids of learned ones, which may be given as ids."""
+    seen = {plain_ids(model, example) for example in learned}
+    for example in new:
+        if plain_ids(model, example) in seen:
+            raise _seen(example.id, source)
 
 
 def _helpers(

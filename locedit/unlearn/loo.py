@@ -19,7 +19,7 @@ from torch import Tensor
 from locedit import losses
 from locedit.data.encode import Batch, Example, encode
 from locedit.data.items import Dataset, Task
-from locedit.data.shards import Shards, shards
+from locedit.data.shards import Shards, held_by_all, plain_ids, shards
 from locedit.edit.objective import Objective, Step
 from locedit.errors import LoceditError
 from locedit.models import Model
@@ -112,14 +112,12 @@ def objective(model: Model, task: Task, options: LooOptions) -> Objective:
     found = cut(task, options)
     texts = _texts(model, task.forget, options)
     own = [[example for data in part for example in encode(model, data)] for part in found.parts]
+    left_out = dict.fromkeys(texts, frozenset[int]())
+    if options.leave_out == "owner":
+        left_out = _left_out(model, texts, {item.id: found.holding(item) for item in task.forget}, own)
     own = [_scored(model, examples, options) for examples in own]
     teachers = _teachers(start_of(model, task, by="loo"), own, [*texts], options)
-    held = {item.id: found.holding(item) for item in task.forget}
-    everyone = options.leave_out == "nothing"
-    targets = Targets(
-        teachers=tuple(teacher.answers for teacher in teachers),
-        left_out={example: frozenset[int]() if everyone else held[item] for example, item in texts.items()},
-    )
+    targets = Targets(teachers=tuple(teacher.answers for teacher in teachers), left_out=left_out)
     made = objective_of(
         model,
         task,
@@ -136,6 +134,20 @@ def _texts(model: Model, data: Dataset, options: LooOptions) -> dict[Example, st
     return {
         example: item.id for item in data for example in _scored(model, encode(model, data.replace([item])), options)
     }
+
+
+def _left_out(
+    model: Model, texts: Mapping[Example, str], held: Mapping[str, frozenset[int]], own: Sequence[Sequence[Example]]
+) -> dict[Example, frozenset[int]]:
+    """Of each text to forget the shards that hold its item (`held`, by id) or the same token ids; not all of them."""
+    ids = [{plain_ids(model, example) for example in examples} for examples in own]
+    found: dict[Example, frozenset[int]] = {}
+    for example, item in texts.items():
+        plain = plain_ids(model, example)
+        found[example] = held[item] | {number for number, others in enumerate(ids) if plain in others}
+        if len(found[example]) == len(own):
+            raise held_by_all(item, len(own), by="loo")
+    return found
 
 
 def _scored(model: Model, examples: Sequence[Example], options: LooOptions) -> Sequence[Example]:
