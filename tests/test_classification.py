@@ -68,6 +68,15 @@ def test_level_of_the_facts_is_the_words_probability() -> None:
     torch.testing.assert_close(found, share, atol=1e-6, rtol=1e-5)
 
 
+def test_prompts_go_through_the_chat_template() -> None:
+    """The same as a verbaliser that holds what the template puts around a prompt."""
+    model = tiny.model("gpt2")
+    whole = Verbaliser(template="Eva: {text} Answer: Bo:", words=ONE_TOKEN.words)
+    found = classify(model, TEXTS, ONE_TOKEN, chat="Eva: {prompt} Bo:")
+    torch.testing.assert_close(found, classify(model, TEXTS, whole))
+    assert (found - classify(model, TEXTS, ONE_TOKEN)).abs().max() > 1e-3
+
+
 def test_no_texts_give_no_rows() -> None:
     assert classify(tiny.model("gpt2"), [], ONE_TOKEN).shape == (0, 2)
 

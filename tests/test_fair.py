@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 
 from locedit.errors import LoceditError
 from locedit.sisa.ensemble import majority, mean_probability, votes
@@ -62,6 +63,35 @@ def test_errors_are_nested_and_odds_are_equal(seed: int, members: int, groups: i
     assert error["count"] <= error["post"] + 1e-9
     assert max(gap["tuple"], gap["count"], gap["post"]) < 1e-9
     assert gap["none"] > 0.02, "the contrast: the majority has unequal odds"
+
+
+def lopsided(seed: int) -> Calibration:
+    """Nine in ten items of the first group, where members are good; in the other one labels are mostly 1."""
+    generator = torch.Generator().manual_seed(seed)
+    group = (torch.rand(2000, generator=generator) > 0.9).long()
+    labels = (torch.rand(2000, generator=generator) < torch.where(group == 1, 0.8, 0.2)).long()
+    right = torch.rand(2000, 3, generator=generator) < torch.where(group == 1, 0.6, 0.8)[:, None]
+    said = torch.where(right, labels[:, None], 1 - labels[:, None])
+    return Calibration(votes=said, labels=labels, groups=tuple(f"g{at}" for at in group.tolist()))
+
+
+@pytest.mark.parametrize("cells", ["tuple", "count", "majority"])
+def test_the_error_is_the_least_by_another_programme(cells: str) -> None:
+    """With the common rates as variables of their own, by interior points, every item costing the same."""
+    data = lopsided(0)
+    number = cell_numbers(data.votes, cells, tie=1)
+    count = int(number.max()) + 1
+    cost, rows = np.zeros(2 * count + 2), np.zeros((4, 2 * count + 2))
+    for a, c, y in zip(data.group.tolist(), number.tolist(), data.labels.tolist(), strict=True):
+        cost[a * count + c] += (1 - 2 * y) / len(number)
+        rows[2 * a + y, a * count + c] += 1 / int(((data.group == a) & (data.labels == y)).sum())
+    for a, y in itertools.product((0, 1), repeat=2):
+        rows[2 * a + y, 2 * count + y] = -1
+    least = linprog(cost, A_eq=rows, b_eq=np.zeros(4), bounds=(0, 1), method="highs-ipm").fun
+    found = fit(data, "post") if cells == "majority" else fit(data, "in", cells=cells)
+    error, gap = measured(found, data)
+    assert error == pytest.approx(least + data.labels.double().mean().item(), abs=1e-7)
+    assert gap < 1e-9
 
 
 def test_pre_has_no_guarantee() -> None:
@@ -250,6 +280,21 @@ def test_intervals_are_of_the_numbers_and_of_paired_differences() -> None:
     width = found.error["post"].high - found.error["post"].low
     assert 0 < found.price["post"].high - found.price["post"].low < width, "the same items, so the difference is surer"
     assert compare(chances, data.labels, data.groups, draws=500) == found
+
+
+def test_intervals_of_few_owners_are_wider() -> None:
+    said = (torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.3).double().repeat_interleave(10)
+    truth, groups = torch.zeros(400).long(), ["a"] * 400
+    owners = [str(at // 10) for at in range(400)]
+    few, many = (compare({"x": said}, truth, groups, owners=given, draws=500).error["x"] for given in (owners, None))
+    assert 2.2 < (few.high - few.low) / (many.high - many.low) < 4.5, "about the root of ten"
+
+
+def test_a_rate_of_nothing_is_left_out_of_the_gap() -> None:
+    """No item of group b has label 1, so the gap is that of label 0: 0.75 against 0.25."""
+    chances = torch.tensor([0.2, 0.6, 0.9, 0.25, 0.75]).double()
+    found = odds_gap(chances, torch.tensor([1, 1, 1, 0, 0]), ["a", "a", "a", "a", "b"])
+    assert found == pytest.approx(0.5)
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:

@@ -108,6 +108,14 @@ def test_outputs_are_those_of_each_member(ensemble: Ensemble) -> None:
         torch.testing.assert_close(found[:, 1], classify(member, texts, WORDS), atol=1e-6, rtol=1e-5)
 
 
+def test_outputs_go_through_the_chat_template(ensemble: Ensemble) -> None:
+    texts = [item.text for item in data(3)]
+    asked = ensemble.outputs(texts, WORDS, chat="Eva: {prompt} Bo:")
+    with ensemble.members[0].applied(ensemble.start) as member:
+        torch.testing.assert_close(asked[:, 0], classify(member, texts, WORDS, chat="Eva: {prompt} Bo:"))
+    assert (asked - ensemble.outputs(texts, WORDS)).abs().max() > 1e-3
+
+
 def test_an_ensemble_has_members(model: Model) -> None:
     with pytest.raises(LoceditError, match="an ensemble of 0 members"):
         Ensemble(start=model, members=(), sizes=())
