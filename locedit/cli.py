@@ -387,7 +387,7 @@ def _sisa(commands: Commands) -> None:  # type: ignore[type-arg]
         "locedit.sisa.SisaOptions lists them.",
     )
     train.add_argument(
-        "data", metavar="DATA", help="labelled texts {text, label, group?}, or a task folder with start/"
+        "data", metavar="DATA", help="labelled texts {id, text, label, group?}, or a task folder with start/"
     )
     train.add_argument("--within", metavar="FILE", help="components.json; without it members may differ anywhere")
     train.add_argument("--hold", default="weights", help="how members are held: weights or adapter (default weights)")

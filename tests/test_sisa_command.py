@@ -112,6 +112,10 @@ def test_slips_are_said_in_one_line(
 ) -> None:
     items, test = folder / "task" / "forget.jsonl", folder / "test.jsonl"
     new = tmp_path / "new"
+    (tmp_path / "unnamed.jsonl").write_text('{"text": "a b", "label": "yes"}\n' * 23)
+    assert 'give every item an "id" of its own' in error_of(
+        capsys, "train", tmp_path / "unnamed.jsonl", "--start", folder / "task" / "start", "--out", new, *TEMPLATE
+    )
     assert "give --start MODEL" in error_of(capsys, "train", items, "--out", new, *TEMPLATE)
     assert "item 'i0': unknown label 'no'" in error_of(capsys, "train", folder / "task", "--out", new)
     assert "did you mean 'epochs'" in error_of(capsys, "train", items, "--out", new, *TEMPLATE, "--epoch", 3)

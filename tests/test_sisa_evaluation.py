@@ -152,6 +152,9 @@ def test_a_text_of_the_training_data_is_noticed_under_any_label(trained: Path) -
         with pytest.raises(LoceditError, match="the text of item 'copy' is in the calibration data too"):
             check_fair_data(record, renamed("Now"), test.replace([*test, shared]))
     check_fair_data(record, renamed("Now"), test)
+    broken = dataclasses.replace(test[0], id="half", text="\ud800")
+    with pytest.raises(LoceditError, match="item 'half': holds half a surrogate pair"):
+        check_fair_data(record, renamed("Now"), test.replace([*test, broken]))
 
 
 def test_a_group_without_a_label_has_no_rate(trained: Path) -> None:

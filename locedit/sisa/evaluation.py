@@ -217,7 +217,7 @@ def check_fair_data(record: Record, calibration: Dataset, test: Dataset) -> None
         for item in data.of(LabelledText, by="fair predictions"):
             if item.group is None:
                 raise LoceditError(f"{data.source}: item {item.id!r} has no group")
-            if text_hash(item.text) in trained:
+            if text_hash(item) in trained:
                 raise LoceditError(f"{data.source}: the text of item {item.id!r} is in the training data; give others")
         label_numbers(data, record.verbaliser)
         _require_rates(data, record.verbaliser)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from locedit.data.encode import Example
 from locedit.data.items import LabelledText
@@ -23,17 +24,21 @@ class Hashes:
 
 def item_hash(item: LabelledText) -> str:
     """Of everything but the id."""
-    try:
-        return content_hash({**dataclasses.asdict(item), "id": ""})
-    except UnicodeEncodeError as error:
-        raise LoceditError(f"item {item.id!a}: holds half a surrogate pair, which is no character") from error
+    return _hash(item, {**dataclasses.asdict(item), "id": ""})
 
 
-def text_hash(text: str) -> str:
-    """Of a text."""
-    return content_hash(text)
+def text_hash(item: LabelledText) -> str:
+    """Of the text alone."""
+    return _hash(item, item.text)
 
 
 def tokens_hash(example: Example) -> str:
     """Of token ids and scored positions."""
     return content_hash([example.ids, example.targets])
+
+
+def _hash(item: LabelledText, value: Any) -> str:
+    try:
+        return content_hash(value)
+    except UnicodeEncodeError as error:
+        raise LoceditError(f"item {item.id!a}: holds half a surrogate pair, which is no character") from error

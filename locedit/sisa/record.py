@@ -236,9 +236,7 @@ def new_record(data: Dataset, options: SisaOptions, *, tokens: Mapping[str, str]
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(options.seed)).tolist()
     shuffled = [items[at].id for at in order]
     shards = tuple(tuple(tuple(part) for part in cut(shard, options.slices)) for shard in cut(shuffled, options.shards))
-    contents = {
-        item.id: Hashes(item=item_hash(item), text=text_hash(item.text), tokens=tokens[item.id]) for item in items
-    }
+    contents = {item.id: Hashes(item=item_hash(item), text=text_hash(item), tokens=tokens[item.id]) for item in items}
     return Record(source=data.source, options=options, shards=shards, contents=contents, chat=data.chat, **fields)
 
 
