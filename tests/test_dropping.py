@@ -1,5 +1,6 @@
 """Dropping a control token or a layer: what is left is the edited weights, and the share that is back is counted so."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,16 +9,20 @@ import torch
 from locedit.attacks import ATTACKS
 from locedit.components import ComponentSet
 from locedit.data.encode import encode
-from locedit.data.items import Task
+from locedit.data.items import PlainText, Task
 from locedit.edit import Edit
 from locedit.edit.layers import AddedLayer
 from locedit.edit.levels import levels
+from locedit.edit.regions import Patch, Region
 from locedit.edit.tokens import ControlTokens
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
 from locedit.lab import Lab
 from locedit.models import Model
+from locedit.results import AttackResult
 from locedit.unlearn import unlearn
+from tests import tiny
+from tests.unlearning import dataset, everything
 
 
 def _layer_edit(model: Model) -> Edit:
@@ -110,3 +115,109 @@ def test_of_a_chain_with_both_each_attack_drops_its_own(tiny_lab: Lab) -> None:
     token, layer = evaluate(model, task, both, ["drop_token", "drop_layer"], metrics=["accuracy"]).attacks
     assert (token.name, layer.name) == ("drop_token", "drop_layer")
     assert max(token.headline.value, layer.headline.value) < 0.9, "the other one is still there"
+
+
+# --- habits ----------------------------------------------------------------------------------------------------------
+
+PROMPTS = ("Anna Berg", "The phone", "Question: where", "Carl Dane was", "E")
+SAMPLED: dict[str, Any] = {"samples": 2, "draws": 50}
+
+
+def odd(text: str) -> float:
+    """Texts of an even number of characters are bad."""
+    return float(len(text) % 2)
+
+
+def some(text: str) -> float | None:
+    """Texts of an odd number of characters are bad; most texts cannot be judged."""
+    return None if any(letter in "ae" for letter in text.lower()) else 1 - odd(text)
+
+
+def _writing(**parts: Any) -> tuple[Model, Task, Edit]:
+    """A model with prompts, and an edit with a token and a new weight."""
+    model = tiny.model("gpt2")
+    prompts = dataset("prompts", [PlainText(text=text, id=text) for text in PROMPTS])
+    name = "transformer.h.1.mlp.c_fc.weight"
+    patch = Patch(region=Region(param=name), values=model.parameter(name).detach() * 2.5)
+    rows = 3 * torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(1))
+    tokens = ControlTokens(names=("<|a|>",), rows=rows)
+    edit = Edit(kind="tokens", fingerprint=model.fingerprint, tokens=tokens, patches=(patch,))
+    return model, everything(prompts=prompts, **parts), edit
+
+
+def _start(factor: float = -2.0) -> Model:
+    """Another model, in the place of the one that never learned the habit."""
+    start = tiny.model("gpt2")
+    with torch.no_grad():
+        start.parameter("transformer.h.1.mlp.c_proj.weight").mul_(factor)
+    return start
+
+
+def _rates(model: Model, task: Task, edit: Edit | None, reward: Any) -> dict[str, float]:
+    """Prompt -> share of bad responses, of the prompts with a judged one."""
+    found = evaluate(model, task, edit, metrics=["habit_rate"], top_p=1.0, reward=reward, **SAMPLED)
+    return found.get("prompts", "habit_rate", stage="before" if edit is None else "after").per_example
+
+
+def _mean(rates: dict[str, float], prompts: Any) -> float:
+    chosen = [rates[prompt] for prompt in prompts]
+    return sum(chosen) / len(chosen)
+
+
+def _attack(model: Model, task: Task, edit: Edit, reward: Any, **more: Any) -> AttackResult:
+    return ATTACKS["drop_token"].function(model, task, edit, metric="habit_rate", reward=reward, **SAMPLED, **more)
+
+
+def test_a_habit_is_measured_in_the_edited_weights_without_the_token() -> None:
+    model, task, edit = _writing()
+    attack = _attack(model, task, edit, odd, others={"the same": edit})
+    weights = Edit(kind="weights", fingerprint=model.fingerprint, patches=edit.patches)
+    rates = {"before": None, "after": edit, "attacked": weights}
+    wanted = {stage: _mean(_rates(model, task, one, odd), PROMPTS) for stage, one in rates.items()}
+    found = {m.stage: m.value for m in attack.measures if m.name == "habit_rate"}
+    assert found == pytest.approx(wanted)
+    assert len(set(wanted.values())) == 3
+    assert attack.headline.value == pytest.approx(wanted["attacked"] / wanted["before"])
+    assert attack.headline.n == len(PROMPTS)
+    assert attack.note == "the task has no start: what was never learned counts as 0"
+    assert {m.group: m.value for m in attack.measures if m.name == "share_back"} == {"the same": attack.headline.value}
+
+
+def test_what_was_never_learned_is_what_the_start_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task, edit = _writing()
+    task, start = dataclasses.replace(task, start="start"), _start()
+    monkeypatch.setattr("locedit.attacks.dropped_habits.start_of", lambda *_, **__: start)
+    attack = _attack(model, task, edit, odd)
+    never = _mean(_rates(start, task, None, odd), PROMPTS)
+    before, left = (_mean(_rates(model, task, one, odd), PROMPTS) for one in (None, edit.dropped("token")))
+    assert never < before
+    assert attack.headline.value == pytest.approx((left - never) / (before - never))
+    assert {m.group: m.value for m in attack.measures if m.group} == {"never knew": pytest.approx(never)}
+    assert f"{never:.3f} of a model that never learned it" in attack.sentence
+
+
+def test_prompts_are_compared_where_both_stages_could_be_judged() -> None:
+    """The reward leaves out other prompts before than after: the share is of those in both, each with itself."""
+    model, task, edit = _writing()
+    before, left = (_rates(model, task, one, some) for one in (None, edit.dropped("token")))
+    both = [prompt for prompt in PROMPTS if prompt in before and prompt in left]
+    assert len(both) >= 2
+    assert before.keys() != left.keys()
+    assert list(before) != both
+    attack = _attack(model, task, edit, some)
+    assert attack.headline.value == pytest.approx(_mean(left, both) / _mean(before, both))
+    assert attack.headline.value != pytest.approx(_mean(left, left) / _mean(before, before))
+    assert attack.headline.n == len(both)
+
+
+def test_the_start_is_judged_on_prompts_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task, edit = _writing()
+    task, start = dataclasses.replace(task, start="start"), _start(3.0)
+    monkeypatch.setattr("locedit.attacks.dropped_habits.start_of", lambda *_, **__: start)
+    before, left, never = (
+        _rates(which, task, one, some) for which, one in ((model, None), (model, edit.dropped("token")), (start, None))
+    )
+    assert 0 < len(never) != len(before)
+    both, own = [prompt for prompt in before if prompt in left], _mean(never, never)
+    attack = _attack(model, task, edit, some)
+    assert attack.headline.value == pytest.approx((_mean(left, both) - own) / (_mean(before, both) - own))

@@ -1,7 +1,13 @@
-"""How much of a habit is back in what the model writes, once a control token or layers are dropped."""
+"""How much of a habit is back in what the model writes, once a control token or layers are dropped.
+
+The share compares prompt by prompt: of each prompt whose responses could be judged both before the edit and with the
+addition dropped, the rate of bad ones, all these prompts counting alike; of the model that never learned the habit, all
+of its own prompts. The rates that are printed beside it are those of `evaluate`, over all judged responses. They are
+the same means where every response can be judged.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -50,31 +56,37 @@ class Habit:
         return {m.name: m for m in found if m.stage == ("before" if edit is None else "after")}
 
     def _share(self, samples: Samples) -> Estimate:
-        before = _rates(self.stages["before"])
-        prompts = list(self.stages["before"][HABIT].per_example)
-        clean = None if self.clean is None else _rates(self.clean)
+        before, prompts = self.stages["before"], self._judged(samples)
+        never = [] if self.clean is None else list(self.clean[HABIT].per_example)
         return share_back(
-            _rates(samples),
-            before,
+            _rates(samples, prompts),
+            _rates(before, prompts),
             owners=prompts,
-            control=clean,
-            control_owners=[] if clean is None else prompts,
+            control=None if self.clean is None else _rates(self.clean, never),
+            control_owners=never,
             draws=self.options.draws,
             seed=self.options.seed,
         )
 
+    def _judged(self, samples: Samples) -> list[str]:
+        """The prompts with a judged response before the edit and among the samples."""
+        return [prompt for prompt in self.stages["before"][HABIT].per_example if prompt in samples[HABIT].per_example]
+
+    def _measure(self, samples: Samples, *, group: str | None = None, note: str = "") -> Measure:
+        return share_measure(self._share(samples), len(self._judged(samples)), group=group, note=note)
+
     def result(self, others: Mapping[str, Edit]) -> AttackResult:
-        count = self.stages["before"][HABIT].n
         note = "" if self.clean else "the task has no start: what was never learned counts as 0"
-        shares = {
-            name: self._share(self._samples(self.model, other.dropped(self.what))) for name, other in others.items()
-        }
+        shares = [
+            self._measure(self._samples(self.model, other.dropped(self.what)), group=name)
+            for name, other in others.items()
+        ]
         return AttackResult(
             name=f"drop_{self.what}",
             sentence=self._sentence(),
-            headline=share_measure(self._share(self.stages["attacked"]), count, note=note),
+            headline=self._measure(self.stages["attacked"], note=note),
             curves=tuple(self._curves()),
-            measures=(*self._levels(), *(share_measure(s, count, group=name) for name, s in shares.items())),
+            measures=(*self._levels(), *shares),
             settings=plain(self.options) | settings_of(self.options),
             note=note,
         )
@@ -108,5 +120,5 @@ class Habit:
         return found
 
 
-def _rates(samples: Samples) -> Float[Tensor, " prompt"]:
-    return torch.tensor(list(samples[HABIT].per_example.values()), dtype=torch.float64)
+def _rates(samples: Samples, prompts: Sequence[str]) -> Float[Tensor, " prompt"]:
+    return torch.tensor([samples[HABIT].per_example[prompt] for prompt in prompts], dtype=torch.float64)
