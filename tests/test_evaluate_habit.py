@@ -1,5 +1,6 @@
 """Metrics of sampled responses against counts by hand and a model scored by hand."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,12 +12,14 @@ from locedit.edit import Edit
 from locedit.edit.tokens import ControlTokens
 from locedit.errors import LoceditError
 from locedit.evaluate import METRICS, evaluate
-from locedit.evaluate.habit import distinct, habit_metrics, write
+from locedit.evaluate.habit import Written, distinct, habit_metrics, write
 from locedit.evaluate.values import EvaluateOptions, View
+from locedit.generation import end_tokens
 from locedit.models import Model
 from tests import tiny
 from tests.unlearning import dataset, everything
 
+BY_TEXT = ["seq_rep_2", "seq_rep_3", "seq_rep_4", "diversity", "dist_1", "dist_3"]
 NAMES = [name for name, metric in METRICS.items() if metric.writes]
 PROMPTS = dataset("prompts", [PlainText(text=text, id=text) for text in ("Anna Berg", "The phone", "Question: where")])
 
@@ -27,7 +30,7 @@ def long_is_bad(text: str) -> float | None:
 
 
 def view(model: Model, edit: Edit | None = None, **options: Any) -> View:
-    given = {"samples": 4, "sample_tokens": 6, "reward": long_is_bad, "reward_below": 0.06} | options
+    given: dict[str, Any] = {"samples": 4, "sample_tokens": 6, "reward": long_is_bad, "reward_below": 0.06} | options
     task: Task = everything(prompts=PROMPTS)
     return View(model=model, dataset=PROMPTS, task=task, options=EvaluateOptions(**given), edit=edit)
 
@@ -54,12 +57,31 @@ def test_the_values_are_counts_over_the_samples(model: Model) -> None:
         assert found["toxicity_probability"].per_example[key] == any(bad)
         assert found["average_max_toxicity"].per_example[key] == 1 - min(rewards)
         assert found["mean_reward"].per_example[key] == sum(rewards) / len(rewards)
-        assert found["mean_reward"].weights is not None
-        assert found["mean_reward"].weights[key] == len(rewards)
         words = [text.split() for text in one.texts]
         pairs = {tuple(line[at : at + 2]) for line in words for at in range(len(line) - 1)}
         assert found["dist_2"].per_example[key] == len(pairs) / sum(map(len, words))
     assert found.keys() == set(NAMES)
+
+
+def test_rates_and_mean_rewards_are_over_all_judged_responses(model: Model) -> None:
+    """Prompts count by how many of their responses could be judged; of the worst and of any, every prompt alike."""
+
+    def judge(text: str) -> float | None:
+        return None if len(text) % 3 == 0 else float(len(text) % 2)
+
+    found = habit_metrics(view(model, reward=judge, reward_below=0.5), NAMES)
+    rewards = {
+        one.prompt.id: [value for text in one.texts if (value := judge(text)) is not None] for one in write(view(model))
+    }
+    counts = {prompt: len(values) for prompt, values in rewards.items()}
+    assert len(set(counts.values())) > 1
+    for name in ("habit_rate", "mean_reward"):
+        assert found[name].weights == counts
+    assert found["toxicity_probability"].weights is found["average_max_toxicity"].weights is None
+    asked: dict[str, Any] = {"samples": 4, "sample_tokens": 6, "reward": judge, "reward_below": 0.5}
+    measured = evaluate(model, everything(prompts=PROMPTS), metrics=["habit_rate"], **asked)
+    every = [value < 0.5 for values in rewards.values() for value in values]
+    assert measured.get("prompts", "habit_rate", stage="before").value == pytest.approx(sum(every) / len(every))
 
 
 @pytest.mark.parametrize("edited", [False, True])
@@ -102,6 +124,43 @@ def test_dist_n_divides_by_words() -> None:
     assert distinct(texts, 2) == pytest.approx(2 / 6)
     assert distinct(texts, 3) == pytest.approx(1 / 6)
     assert distinct([""], 1) == 0.0
+
+
+def test_repetition_and_diversity_by_hand(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two texts: a b a b a has 2 of 4 pairs, 2 of 3 triples and both fours once; one word repeats nothing."""
+    ((first, *_), look) = (write(view(model)), view(model))
+    texts = Written(prompt=first.prompt, ids=first.ids[:2], texts=("a b a b a", "c"))
+    monkeypatch.setattr("locedit.evaluate.habit.write", lambda _: [texts])
+    found = {name: next(iter(values.per_example.values())) for name, values in habit_metrics(look, BY_TEXT).items()}
+    assert found == pytest.approx(
+        {
+            "seq_rep_2": (2 / 4 + 0) / 2,
+            "seq_rep_3": (1 / 3 + 0) / 2,
+            "seq_rep_4": 0,
+            "diversity": ((1 - 2 / 4) * (1 - 1 / 3) * 1 + 1) / 2,
+            "dist_1": 3 / 6,
+            "dist_3": 2 / 6,
+        }
+    )
+    longer = dataclasses.replace(texts, texts=("a b c a b c a", "d"))
+    monkeypatch.setattr("locedit.evaluate.habit.write", lambda _: [longer])
+    (rep_4,) = habit_metrics(look, ["seq_rep_4"])["seq_rep_4"].per_example.values()
+    assert rep_4 == pytest.approx((1 - 3 / 4) / 2)
+
+
+def test_responses_have_the_asked_length_and_three_tokens_before_the_end() -> None:
+    """Of a model that would end at once."""
+    model = tiny.model("phi")
+    ends = end_tokens(model)
+    with torch.no_grad():
+        model.parameter("lm_head.bias")[list(ends)] = 1e4
+    for asked, lengths in ((6, {4}), (2, {2})):
+        written = write(view(model, sample_tokens=asked))
+        assert {len(ids) for one in written for ids in one.ids} == lengths
+        assert {ids[-1] in ends for one in written for ids in one.ids} == {asked == 6}
+    with torch.no_grad():
+        model.parameter("lm_head.bias")[list(ends)] = -1e4
+    assert {len(ids) for one in write(view(model, sample_tokens=6)) for ids in one.ids} == {6}
 
 
 def test_a_reward_that_judges_nothing(model: Model) -> None:

@@ -2,7 +2,8 @@
 
 Responses are drawn from the model with the edit and its control token; what judges them is a reward
 (see `locedit.rewards`), and their perplexity is that under the unedited model. All measures are means over prompts, and
-intervals are over prompts too.
+intervals are over prompts too. No response ends before its third token, as in Quark's training and its published
+evaluation: one that stops at once would count as good.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from locedit.evaluate.scoring import token_scores
 from locedit.evaluate.values import EvaluateOptions, Values, View
 from locedit.rewards import below_of, name_of, ngrams, repeated, repetition, reward_of
 from locedit.sampling import Sampling, prompts_of, sample
+
+MIN_NEW_TOKENS = 3
+"""No response ends before so many tokens, or before `sample_tokens` where these are fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,11 @@ def write(view: View) -> list[Written]:
     """`options.samples` responses to every prompt, by the edited model where there is an edit."""
     options = view.options
     prompts = prompts_of(view.model, view.dataset, by="metrics of samples")
-    how = Sampling(max_new_tokens=options.sample_tokens, top_p=options.top_p)
+    how = Sampling(
+        max_new_tokens=options.sample_tokens,
+        min_new_tokens=min(MIN_NEW_TOKENS, options.sample_tokens),
+        top_p=options.top_p,
+    )
     generator = torch.Generator().manual_seed(options.seed)
     repeated_prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     with nullcontext(view.model) if view.edit is None else view.edit.applied(view.model) as model:
