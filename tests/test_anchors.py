@@ -13,9 +13,9 @@ from locedit.data.drafts import Draft, TokenizedText, tokenize
 from locedit.data.items import Dataset, Fact, PlainText, Task
 from locedit.errors import LoceditError
 from locedit.lab import Lab
-from locedit.unlearn.anchors import make_anchors, read_anchors, save_anchors
+from locedit.unlearn.anchors import check_anchors, make_anchors, read_anchors, save_anchors
 from locedit.unlearn.translation import Translation, Translator, aligned
-from tests import tokens
+from tests import tiny, tokens
 
 PAIRS = {"Anna Berg": "Eva Frost", "wand": "stick"}
 
@@ -80,6 +80,24 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_anchors(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"Anna": "Eva", " Carl": "Jo"}, "anchors:2: field 'term': ' Carl' has white space around it"),
+        ({"Anna": "Eva "}, "anchors:1: field 'counterpart': 'Eva ' has white space around it"),
+        ({"Anna": 7}, "anchors:1: field 'counterpart': 7 is not a text"),
+        ({7: "Eva"}, "anchors:1: field 'term': 7 is not a text"),
+        ({"": "Eva"}, "anchors:1: field 'term': '' is empty"),
+        ({"Anna": "Anna"}, "anchors:1: field 'counterpart': 'Anna' is the term itself"),
+    ],
+)
+def test_anchors_given_in_code_are_held_to_the_same(given: dict[Any, Any], message: str) -> None:
+    with pytest.raises(LoceditError, match=message) as raised:
+        check_anchors(given)
+    assert "\n" not in str(raised.value)
+    assert check_anchors(PAIRS) == PAIRS
+
+
 # --- made from a task ------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +131,27 @@ def test_a_part_of_a_name_gets_the_part_of_its_counterpart() -> None:
     made = make_anchors(story(forget=forget))
     assert made["Anna Berg"].split()[0] == made["Anna"]
     assert made["Anna Berg"].split()[1] == made["Berg"]
+
+
+def test_several_words_of_a_name_get_those_of_its_counterpart() -> None:
+    forget = texts("forget", *["Then Anna Berg Smith saw that Anna Berg ran and Berg Smith ran, Berg too."] * 2)
+    made = make_anchors(story(forget=forget, heldout=texts("heldout", "then Eva Maria Frost ran and Ida Stein ran.")))
+    assert made["Anna Berg Smith"] == "Eva Maria Frost"
+    assert (made["Anna Berg"], made["Berg Smith"], made["Berg"]) == ("Eva Maria", "Maria Frost", "Maria")
+
+
+def test_counterparts_are_no_names_of_the_forget_data() -> None:
+    """Though the other data have them too, and more often than the names that the forget data do not have."""
+    people = "And then Eva Frost ran and now Ida Stein ran. " * 3
+    forget = texts("forget", "Then Anna Berg saw Eva Frost and Carl.", "Now Anna Berg saw Ida Stein.")
+    made = [
+        make_anchors(
+            story(forget=forget, retain=texts("retain", f"{people} now Carl saw Jo Lund"), heldout=heldout), seed=seed
+        )
+        for heldout in (None, texts("heldout", people))
+        for seed in range(8)
+    ]
+    assert {each["Anna Berg"] for each in made} == {"Jo Lund"}
 
 
 def test_words_in_lower_case_and_one_word_for_all() -> None:
@@ -256,3 +295,21 @@ def test_tokens_inside_anchors_are_counted_only_where_asked_and_equally_many(fam
     assert aligned(original, translated, translation, causal=causal, inside="by_number") == aligned(
         original, translated, translation, causal=causal
     )
+    # more than none, and fewer than the anchor has
+    original, translated, translation = both(family, text, {"Eva Frost": "France Paris Eva Frost Paris"})
+    assert len(translated.ids) > len(original.ids)
+    assert aligned(original, translated, translation, causal=causal, inside="by_number") == aligned(
+        original, translated, translation, causal=causal
+    )
+
+
+@pytest.mark.parametrize(("counterpart", "same"), [("\u2604", 3), ("\u2703", 2), ("\u00e9", 1)])
+def test_bytes_of_a_character_align_as_long_as_they_are_the_same(counterpart: str, same: int) -> None:
+    """The snowman is E2 98 83, the others E2 98 84, E2 9C 83 and C3 A9; each byte is a token that begins with it."""
+    model = tiny.model("gpt2")
+    rows = [Draft(id="t", text=f"is {it} in", kind="plain", spans=None) for it in ("\u2603", counterpart)]
+    original, translated = tokenize(model.tokenizer, rows)
+    translation = Translator({"\u2603": counterpart})(rows[0].text)
+    pairs = aligned(original, translated, translation, causal=True)
+    inside = [a for a, _ in pairs if original.starts[a] in (2, 3) and original.ends[a] == 4]
+    assert len(inside) == same

@@ -20,7 +20,7 @@ from locedit.unlearn import generic_labels, objective, prepare, unlearn, whp
 from locedit.unlearn.blocks import Block, Blocks
 from locedit.unlearn.generic_labels import LabelOptions, Labels, generic_logits, make_labels
 from locedit.unlearn.registry import nll
-from tests import edits, tiny
+from tests import edits, tiny, tokens
 from tests.unlearning import everything, tables
 
 ANCHORS = {"Anna Berg": "Eva Frost", "Carl Dane": "Baker", "Oslo": "Lima"}
@@ -198,6 +198,42 @@ def test_from_its_second_occurrence_on_an_anchor_has_no_labels() -> None:
     assert both[0].original.targets == both[1].original.targets == block.original.targets
 
 
+def test_an_anchor_has_no_labels_where_its_counterpart_is_lowered_already() -> None:
+    """Another term's counterpart has the same first token: what the label would be is lowered there."""
+    model = tiny.model("gpt2")
+    anchors = {"Anna Berg": "Eva Frost", "Anna": "Eva", "Oslo": "Eva Lima", "Carl": "Baker"}
+    data = plain_texts("Here Anna Berg was born. Anna works in Oslo, Carl too")
+    (block,) = blocks_of(model, data, anchors)
+    (kept,) = blocks_of(model, data, anchors, drop_repeated=False)
+    dropped = sorted(set(kept.original.targets) - set(block.original.targets))
+    assert model.tokenizer.decode([block.original.ids[at] for at in dropped]).split() == ["Anna", "Oslo"]
+
+
+def test_a_counterpart_is_lowered_with_and_without_a_space() -> None:
+    """Whichever of the two forms introduces it."""
+    encoder = tokens.causal("trimmed")
+    for text in ("Paris is old", "old is Paris now"):
+        (block,) = Blocks(model=encoder, anchors={"Paris": "Rome"}, size=512).of(plain_texts(text))
+        forms = {encoder.tokenizer.decode([token]) for _, token in block.introduced}
+        assert forms == {" Rome", "Ro"}
+        assert len({n for n, _ in block.introduced}) == 1
+
+
+def test_tokens_inside_anchors_are_labelled_where_asked() -> None:
+    """With those of the counterpart where it has equally many tokens."""
+    model = tiny.model("gpt2")
+    data, anchors = plain_texts("Here Rome was"), {"Rome": "Rime"}
+    (plain,) = blocks_of(model, data, anchors)
+    (counted,) = blocks_of(model, data, anchors, inside="by_number")
+    more = sorted(set(counted.original.targets) - set(plain.original.targets))
+    assert model.tokenizer.decode([counted.original.ids[at] for at in more]) == "ome"
+    found = dict(zip(counted.original.targets, counted.translated.targets, strict=True))
+    assert model.tokenizer.decode([counted.translated.ids[found[at]] for at in more]) == "ime"
+    task = dataclasses.replace(everything(), forget=data)
+    options = prepare("whp", task, anchors=anchors, strength=0.0, inside_anchors="by_number")
+    assert objective(model, task, "whp", options=options).forget == [counted.original]
+
+
 def test_introduced_counterparts_are_lowered_from_there_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("gpt2")
     (block,) = blocks_of(model, plain_texts("Here Anna Berg was born in Oslo. Carl Dane too"))
@@ -259,6 +295,7 @@ def test_the_loss_is_cross_entropy_to_the_labels_mean_by_text() -> None:
     model = edits.double("llama")
     task = everything()
     edit = run(model, task, batch_size=4, retain_weight=0.5)
+    twice = run(model, task, batch_size=4, forget_weight=2.0)
     goal = objective(model, task, "whp", options=prepare("whp", task, anchors=ANCHORS, **QUICK))
     labels: Labels = goal.loss.keywords["labels"]  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -267,6 +304,7 @@ def test_the_loss_is_cross_entropy_to_the_labels_mean_by_text() -> None:
         -line.gather(1, labels.of(example)[:, None]).mean() for line, example in zip(said, goal.forget, strict=True)
     ]
     assert edit.history["generic_loss"][1] == pytest.approx(float(torch.stack(values).mean()), rel=1e-9)
+    assert twice.history["generic_loss"][1] == pytest.approx(2 * edit.history["generic_loss"][1], rel=1e-9)
     assert edit.history["retain_loss"][1] > 0
     assert edit.outcome["anchors"] == ANCHORS
     assert edit.outcome["labels"]["tokens"] == sum(len(example.targets) for example in goal.forget)
@@ -361,7 +399,8 @@ def test_wrong_inputs_are_one_line_before_a_model_is_loaded(tmp_path: Path) -> N
     (tmp_path / "b.json").write_text('{"Zoe": "Eva"}')
     wrong(task, r"b\.json: none of its 1 terms is in forget\.jsonl", anchors=str(tmp_path / "b.json"))
     wrong(task, "anchors: none of its 0 terms", anchors={})
-    wrong(task, "anchors: 'Anna': ' ' is not a term with its counterpart", anchors={"Anna": " "})
+    wrong(task, "anchors:1: field 'counterpart': ' ' is empty", anchors={"Anna Berg": " "})
+    wrong(task, "anchors:2: field 'term': ' Carl' has white space", anchors={"Anna Berg": "Eva", " Carl": "Jo"})
     wrong(task, r"strength=-1\.0 must not be negative", strength=-1.0)
     wrong(task, "block=1 must be at least 2", block=1)
     wrong(task, "inner='translate' is not .*did you mean 'translated'", inner="translate")

@@ -8,7 +8,7 @@ a name that the model knows nothing of.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,9 +41,21 @@ def read_anchors(file: str | Path) -> dict[str, str]:
     path = Path(file)
     if path.suffix not in SUFFIXES:
         raise LoceditError(f"{path}: unknown kind of anchors file {path.suffix!r}: choices: {', '.join(SUFFIXES)}")
-    text = read_text(path)
+    found = _checked(_entries(path, read_text(path)))
+    if not found:
+        raise LoceditError(f"{path}: holds no anchors")
+    return found
+
+
+def check_anchors(given: Mapping[Any, object]) -> dict[str, str]:
+    """Anchors that are given in code; what a file may not hold stops with the number of the entry, from 1."""
+    places = [Place(file="anchors", number=number, name=f"anchors:{number}") for number in range(1, len(given) + 1)]
+    return _checked((place, *pair) for place, pair in zip(places, given.items(), strict=True))
+
+
+def _checked(entries: Iterable[tuple[Place, object, object]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for place, term, counterpart in _entries(path, text):
+    for place, term, counterpart in entries:
         pair = tuple(check_text(place, name, value) for name, value in zip(COLUMNS, (term, counterpart), strict=True))
         for name, value in zip(COLUMNS, pair, strict=True):
             if value != value.strip():
@@ -53,8 +65,6 @@ def read_anchors(file: str | Path) -> dict[str, str]:
         if pair[0] == pair[1]:
             raise place.error("is the term itself", field="counterpart", value=pair[1])
         found[pair[0]] = pair[1]
-    if not found:
-        raise LoceditError(f"{path}: holds no anchors")
     return found
 
 
@@ -210,9 +220,8 @@ def _drawn(terms: Sequence[str], pools: Sequence[Sequence[str]], *, seed: int, s
     left: dict[tuple[bool, int], list[str]] = {}
     found: dict[str, str] = {}
     for term in sorted(terms, key=lambda term: -len(term.split())):
-        whole = next((longer for longer in found if term in longer.split() and _alike(longer, found[longer])), None)
-        if whole is not None:
-            found[term] = found[whole].split()[whole.split().index(term)]
+        if (part := next(filter(None, (_part(term, *pair) for pair in found.items())), None)) is not None:
+            found[term] = part
             continue
         kind = term[0].isupper(), len(term.split())
         if not left.get(kind):
@@ -229,8 +238,18 @@ def _drawn(terms: Sequence[str], pools: Sequence[Sequence[str]], *, seed: int, s
     return {term: found[term] for term in terms}
 
 
-def _alike(term: str, counterpart: str) -> bool:
-    return len(term.split()) == len(counterpart.split())
+def _part(term: str, longer: str, counterpart: str) -> str | None:
+    """The words of a longer term's counterpart that stand where the term stands in it; None where there are none.
+
+    >>> _part("Anna Berg", "Dr Anna Berg", "Sir Eva Frost"), _part("Anna", "Anna Berg", "Eva")
+    ('Eva Frost', None)
+    """
+    words, wanted, others = longer.split(), term.split(), counterpart.split()
+    if len(words) != len(others):
+        return None
+    places = range(len(words) - len(wanted) + 1)
+    at = next((at for at in places if words[at : at + len(wanted)] == wanted), None)
+    return None if at is None else " ".join(others[at : at + len(wanted)])
 
 
 def _texts(data: Dataset | None) -> list[str]:

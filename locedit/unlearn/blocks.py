@@ -12,7 +12,7 @@ from locedit.data.items import Dataset
 from locedit.errors import LoceditError
 from locedit.spans.texts import trimmed
 from locedit.spans.tokens import runs
-from locedit.unlearn.translation import InsideAnchors, Translation, Translator, aligned
+from locedit.unlearn.translation import InsideAnchors, Replaced, Translator, aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Block:
     original: Example
     translated: Example
     introduced: tuple[tuple[int, int], ...]
-    "(n, token): before the n-th scored token a counterpart that begins with the token has been introduced"
+    """(n, token): before the n-th scored token a counterpart has been introduced that begins with the token where it
+    stands, at the beginning of a text or after a space"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Blocks:
     size: int
     "tokens of a block at most, in either language; that of the context where it is smaller"
     drop_repeated: bool = True
-    "whether an anchor is left without labels from its second occurrence in a block on"
+    """whether an anchor is left without labels from its second occurrence in a block on, and where the first token of
+    its counterpart has been introduced in the block by another anchor"""
     inside: InsideAnchors = "unlabelled"
 
     def of(self, data: Dataset) -> list[Block]:
@@ -105,15 +107,23 @@ class Blocks:
             return None
         first = 1 if self.model.causal else 0  # a causal model predicts no first token
         pairs = aligned(original, translated, translation, causal=self.model.causal, inside=self.inside)
-        dropped = _repeated(original, translation) if self.drop_repeated else set[int]()
+        tokens = [self._first_tokens(draft, translated, piece) for piece in translation.replaced]
+        dropped = _repeated(original, translation.replaced, tokens) if self.drop_repeated else set[int]()
         pairs = [(a, b) for a, b in pairs if min(a, b) >= first and a not in dropped]
         predictable = [at for at, special in enumerate(original.special) if not special and at >= first]
         return Block(
             text=_example(draft, original, predictable),
             original=_example(draft, original, [a for a, _ in pairs]),
             translated=_example(draft, translated, [b for _, b in pairs]),
-            introduced=_introduced(original, translated, translation, [a for a, _ in pairs]),
+            introduced=_introduced(original, translation.replaced, tokens, [a for a, _ in pairs]),
         )
+
+    def _first_tokens(self, draft: Draft, translated: TokenizedText, piece: Replaced) -> list[int]:
+        """What a counterpart begins with where it stands, and at the beginning of a text and after a space."""
+        found = [_first(translated, piece.new_start, piece.new_end)]
+        for text, tokens in zip(("", "x "), self._tokens(draft, piece.to, f"x {piece.to}"), strict=True):
+            found.append(_first(tokens, len(text), len(text) + len(piece.to)))
+        return [token for token in dict.fromkeys(found) if token is not None]
 
 
 def _ends(tokens: TokenizedText) -> list[int]:
@@ -133,25 +143,31 @@ def _example(draft: Draft, tokens: TokenizedText, positions: Sequence[int]) -> E
     )
 
 
-def _repeated(original: TokenizedText, translation: Translation) -> set[int]:
-    """The positions of anchors from their second occurrence on."""
-    seen: set[str] = set()
+def _first(tokens: TokenizedText, start: int, end: int) -> int | None:
+    """The first token of a stretch of characters."""
+    place = tokens.overlapping(start, end)
+    return None if place is None else tokens.ids[place[0]]
+
+
+def _repeated(original: TokenizedText, replaced: Sequence[Replaced], tokens: Sequence[Sequence[int]]) -> set[int]:
+    """The positions of anchors of which the term, or a first token of the counterpart, has been there before."""
+    seen: set[str | int] = set()
     found: set[int] = set()
-    for piece in translation.replaced:
-        if piece.term in seen and (place := original.overlapping(piece.start, piece.end)) is not None:
+    for piece, first in zip(replaced, tokens, strict=True):
+        here = {piece.term, *first}
+        if here & seen and (place := original.overlapping(piece.start, piece.end)) is not None:
             found |= set(range(*place))
-        seen.add(piece.term)
+        seen |= here
     return found
 
 
 def _introduced(
-    original: TokenizedText, translated: TokenizedText, translation: Translation, positions: Sequence[int]
+    original: TokenizedText, replaced: Sequence[Replaced], tokens: Sequence[Sequence[int]], positions: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
-    """For every anchor: from which of the positions on it has been there, and the first token of its counterpart."""
+    """For every anchor: from which of the positions on it has been there, and the first tokens of its counterpart."""
     found: dict[int, int] = {}
     starts = [original.starts[at] for at in positions]
-    for piece in translation.replaced:
-        place = translated.overlapping(piece.new_start, piece.new_end)
-        if place is not None:
-            found.setdefault(translated.ids[place[0]], bisect_left(starts, piece.end))
+    for piece, first in zip(replaced, tokens, strict=True):
+        for token in first:
+            found.setdefault(token, bisect_left(starts, piece.end))
     return tuple((n, token) for token, n in found.items() if n < len(starts))

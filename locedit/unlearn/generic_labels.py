@@ -38,8 +38,9 @@ class LabelOptions(HelperOptions):
     on: Literal["logits", "log_probs"] = "logits"
     "logits, as written; log_probs, the same with log-probabilities"
     lower_introduced: float = 5.0
-    """subtracted from the logit of the first token of a counterpart once it has been introduced in a block, so that the
-    original name does not become the other in the middle of a text (recalled; the amount is inferred)"""
+    """subtracted from the logit of the first token of a counterpart, with and without a space before it, once it has
+    been introduced in a block, so that the original name does not become the other in the middle of a text (recalled;
+    the amount is inferred)"""
     helper_steps: int = 200
     "optimizer steps of the reinforced model; the paper's 3 epochs (recalled, not checked)"
     helper_learning_rate: float = 1e-3

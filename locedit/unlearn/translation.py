@@ -20,6 +20,8 @@ class Replaced:
     """One anchor in a text, and what stands in its place in the translation; in characters, ends excluded."""
 
     term: str
+    to: str
+    "its counterpart, as it stands there"
     start: int
     end: int
     new_start: int
@@ -63,8 +65,9 @@ class Translator:
             new += start - at
             places += [new] + [None] * (end - start - 1)
             parts += [text[at:start], counterpart]
-            replaced.append(Replaced(term=term, start=start, end=end, new_start=new, new_end=new + len(counterpart)))
-            at, new = end, new + len(counterpart)
+            ends = new + len(counterpart)
+            replaced.append(Replaced(term=term, to=counterpart, start=start, end=end, new_start=new, new_end=ends))
+            at, new = end, ends
         places += range(new, new + len(text) - at + 1)
         return Translation(text="".join([*parts, text[at:]]), replaced=tuple(replaced), places=tuple(places))
 

@@ -32,7 +32,7 @@ from locedit.edit.objective import Objective, Step
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.spans.texts import text_of
-from locedit.unlearn.anchors import SUFFIXES, make_anchors, read_anchors
+from locedit.unlearn.anchors import SUFFIXES, check_anchors, make_anchors, read_anchors
 from locedit.unlearn.blocks import Blocks
 from locedit.unlearn.generic_labels import LabelOptions, Labels, make_labels
 from locedit.unlearn.registry import ForgetOptions, example_mean, nll, objective_of, one_of, retain_terms
@@ -49,7 +49,8 @@ class WhpOptions(LabelOptions, ForgetOptions):
     block: int = 512
     "tokens that are labelled together, at most; that of the context where it is smaller"
     drop_repeated: bool = True
-    "no labels on an anchor from its second occurrence in a block on, which would contradict the first (recalled)"
+    """no labels on an anchor from its second occurrence in a block on, which would contradict the first (recalled), nor
+    where the first token of its counterpart, then lowered, has been introduced by another anchor (inferred)"""
     inside_anchors: Literal["unlabelled", "by_number"] = "unlabelled"
     """the tokens after the first of an anchor: unlabelled; by_number, labelled where its counterpart has equally many,
     with the counterpart's"""
@@ -76,10 +77,7 @@ def dictionary(task: Task, options: WhpOptions) -> dict[str, str]:
             raise LoceditError(f"anchors={given!r} is neither 'made', 'none' nor a file in {', '.join(SUFFIXES)}")
         found, source = read_anchors(given), given
     else:
-        found, source = given, "anchors"
-        for term, counterpart in found.items():
-            if not (term.strip() and str(counterpart).strip()):
-                raise LoceditError(f"anchors: {term!r}: {counterpart!r} is not a term with its counterpart")
+        found, source = check_anchors(given), "anchors"
     translator = Translator(found)
     if not any(translator(text_of(item)).replaced for item in task.forget):
         raise LoceditError(f"{source}: none of its {len(found)} terms is in {task.forget.source}")
