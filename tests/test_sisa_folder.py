@@ -75,6 +75,8 @@ def test_old_checkpoints_are_gone_before_the_first_new_one_is_written(
     """So nothing that was trained on the item is there when anything of its deletion is."""
     record = Record.load(copy)
     old = [checkpoint_folder(copy, record, 0, number) for number in range(1, SLICES)]
+    old.append(copy / "unfinished" / "0123456789abcdef")
+    old[-1].mkdir(parents=True)
     assert all(path.exists() for path in old)
     left: list[bool] = []
     train = sisa.training.train_slice

@@ -124,13 +124,14 @@ def test_rank_and_alpha_reach_the_adapter(model: Model, name: str, tmp_path: Pat
     assert len(found[0]) != len(found[1]) if name == "rank" else not torch.equal(*found)
 
 
-def test_training_is_a_plain_loop_over_all_slices_so_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_training_is_a_plain_loop_over_all_slices_so_far(clip: float | None, tmp_path: Path) -> None:
     """Mean over a batch of the summed negative log-likelihood of the word, clipped, optimizer afresh in each slice.
 
     In float64, with words of several tokens. Orders are drawn as the trainer draws them.
     """
     words = Verbaliser(template="{text} Answer:", words={"yes": " Oslo or so", "no": " Lima"})
-    options = {**OPTIONS, "optimizer": "sgd", "learning_rate": 0.05, "clip": 0.5}
+    options = {**OPTIONS, "optimizer": "sgd", "learning_rate": 0.05, "clip": clip}
     model = load(tiny.module("gpt2", n_layer=1).double(), tokenizer=tiny.tokenizer(), device="cpu")
     sisa.train(model, data(), tmp_path / "whole", verbaliser=words, **options)
     record = Record.load(tmp_path / "whole")
@@ -166,7 +167,7 @@ def _plain_slice(module: torch.nn.Module, record: Record, examples: list[Any], n
             said = module(torch.tensor([ids])).logits[0].log_softmax(-1)
             total = total - sum(said[place - 1, ids[place]] for place in examples[at].targets) / size
         total.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), record.options.clip or torch.inf)
         optimizer.step()
 
 
