@@ -20,7 +20,8 @@ from locedit.edit.arithmetic import (
     restricted,
     scaled,
 )
-from locedit.edit.edit import Edit
+from locedit.edit.edit import Edit, weights_edit
+from locedit.edit.regions import Region
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.unlearn import nll
@@ -71,6 +72,18 @@ def test_once_the_change_is_the_edit_and_no_change_is_the_model(architecture: st
     assert all(torch.equal(again[name], values) for name, values in old.items())
     scaled(model, edit, -2.0).verify(model)
     assert edits.same_bits(model.module, before)
+
+
+def test_once_is_the_edit_where_only_its_values_are_known() -> None:
+    """Values far from the base, which base + (values - base) misses by a rounding."""
+    model = tiny.model("gpt2")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    noise = torch.randn(model.parameter(name).shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    edit = weights_edit(model, [(Region(param=name), model.parameter(name).detach() * 1e3 + noise)])
+    assert edit.patches[0].delta is None
+    for once in (scaled(model, edit, 1.0), added(model, edit)):
+        assert torch.equal(once.patches[0].values, edit.patches[0].values)
+    assert not torch.equal(scaled(model, edit, 1.5).patches[0].values, edit.patches[0].values)
 
 
 @pytest.mark.parametrize("half", [False, True])

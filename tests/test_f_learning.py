@@ -176,6 +176,47 @@ def test_retain_answers_are_learned_beside_the_new_ones() -> None:
     assert kept > 0.5 > plain
 
 
+def test_the_weight_of_the_retain_answers() -> None:
+    """Twice the weight is twice the term of the first step, of the same batch; and the other term is the same."""
+    options: dict[str, Any] = {**PLAIN, "steps": 1, "learning_rate": 1e-2, "learn_steps": 1, "scale": 0.5}
+    one, two = (
+        unlearn(edits.double("gpt2"), edits.task(), "f_learning", retain_weight=weight, **options).history
+        for weight in (1.0, 2.0)
+    )
+    assert two["retain_loss"][-1] == pytest.approx(2 * one["retain_loss"][-1], rel=1e-9)
+    assert two["learn_nll"][-1] == pytest.approx(one["learn_nll"][-1], rel=1e-9)
+    assert one["retain_loss"][-1] > 0
+
+
+def test_new_answers_come_before_the_tasks_new_data() -> None:
+    model, retain = tiny.model("gpt2"), edits.task().retain
+    assert retain is not None
+    task = edits.task(new=Dataset(items=retain.items[:1], source="new.jsonl"))
+    options: dict[str, Any] = {"steps": 20, "learning_rate": 1e-2, "scale": 0.0, "check": False}
+    edit = unlearn(model, task, "f_learning", **options)
+    answers = {"new": encode(model, task.forget.expand("new_answer")), "data": encode(model, retain)[:1]}
+    with edit.applied(model) as edited:
+        found = levels(edited, answers)
+    assert edit.history["new"][-1] == pytest.approx(found["new"], rel=1e-4)
+    assert found["new"] > 0.5 > found["data"]
+
+
+def test_fewer_steps_of_learning_than_of_warmup() -> None:
+    """A warm-up of more steps than there are is one of as many: the old facts' own one is no error for the new."""
+    options: dict[str, Any] = {"steps": 6, "learn_steps": 2, "warmup": 5, "learning_rate": 1e-2, "check": False}
+    edit = unlearn(tiny.model("gpt2"), edits.task(), "f_learning", **options)
+    assert (edit.outcome["steps"], edit.outcome["learn_steps"]) == (6, 2)
+
+
+def test_the_norm_is_that_of_the_vector() -> None:
+    """The root of the sum of its squares, before it is scaled."""
+    model, task = edits.double("gpt2"), edits.task()
+    edit = unlearn(model, task, "f_learning", steps=2, learning_rate=0.02, scale=2.0, learn_steps=0, **PLAIN)
+    before, after = edits.bits(model.module), weights_of(model, edit)
+    squares = sum(float(((after[name] - values) ** 2).sum()) for name, values in before.items())
+    assert edit.outcome["norm"] == pytest.approx(squares**0.5 / 2, rel=1e-9)
+
+
 # --- low rank ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +340,24 @@ def test_until_takes_the_first_scale_of_the_grid(knowing: Model, caplog: pytest.
     assert "not reached" in dose(short)
 
 
+def test_until_ends_neither_training() -> None:
+    """Of a model that is at the level from the beginning."""
+    options: dict[str, Any] = {"steps": 4, "learn_steps": 3, "until": 0.9, "check": False}
+    edit = unlearn(tiny.model("gpt2"), edits.task(), "f_learning", **options)
+    assert (edit.outcome["steps"], edit.outcome["learn_steps"]) == (4, 3)
+    assert edit.outcome["scale"] == 0
+
+
+def test_a_scale_above_the_largest_is_measured_at_as_many() -> None:
+    """And one below it at the grid's distances."""
+    options: dict[str, Any] = {"steps": 1, "learning_rate": 1e-6, "learn_steps": 0, "check": False}
+    found = [
+        unlearn(tiny.model("gpt2"), edits.task(), "f_learning", scale=scale, largest=2.0, curve=4, **options)
+        for scale in (8.0, 1.0)
+    ]
+    assert [edit.history["scale"] for edit in found] == [[0.0, 2.0, 4.0, 6.0, 8.0], [0.0, 0.5, 1.0]]
+
+
 def test_choose_reads_the_whole_grid(knowing: Model) -> None:
     """The lowest forget level that keeps 95 % of the retain level: the next scale keeps less."""
     model, task = knowing, edits.task()
@@ -396,6 +455,14 @@ def test_what_is_refused_before_a_model_is_loaded() -> None:
         assert "\n" not in str(raised.value)
     prepare("f_learning", bare)
     prepare("f_learning", dataclasses.replace(bare, retain=None), rank=4, forget_hold="adapter")
+
+
+def test_how_new_answers_would_be_held_is_nothing_where_none_are_learned() -> None:
+    model, task = tiny.model("llama"), without_new(edits.task())
+    options: dict[str, Any] = {"steps": 1, "check": False}
+    assert unlearn(model, task, "f_learning", hold="adapter", learn_hold="weights", **options).kind == "adapter"
+    single = model.components({"blocks.0.mlp.out.weight": [0, 17]})
+    assert unlearn(model, task, "f_learning", within=single, learn_hold="adapter", **options).kind == "weights"
 
 
 def test_what_is_refused_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,8 @@ def combined(model: Model, edits: Sequence[Edit], weights: Sequence[float]) -> E
     with measure("combined", model=model, settings=settings) as measured:
         if edits[0].kind == "adapter":
             held: dict[str, Any] = {"adapters": _side_by_side(edits, weights)}
+        elif list(weights) == [1.0]:  # its own values, which base + (values - base) may miss by a rounding
+            held = {"patches": edits[0].patches}
         else:
             names = dict.fromkeys(patch.region.param for edit in edits for patch in edit.patches)
             held = {"patches": tuple(p for name in names for p in _patches(model, _terms(model, edits, weights, name)))}

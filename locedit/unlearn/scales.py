@@ -37,7 +37,7 @@ class VectorOptions(TrainOptions):
     largest: float = 10.0
     "the end of the grid of scales"
     curve: int = 40
-    "how many scales above 0 the grid has, at equal distances"
+    "how many scales above 0 the grid has, at equal distances; a `scale` above `largest` has as many up to it"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +78,8 @@ class Scales:
         options = self.options
         asked = options.until is not None or options.choose != "last"
         fixed = None if asked else 1.0 if options.scale is None else options.scale
-        grid = scales(options.largest if fixed is None else fixed, options.largest / options.curve)
+        end = options.largest if fixed is None else fixed
+        grid = scales(end, max(end, options.largest) / options.curve)
         for scale in grid:
             self.measure(scale)
             if options.until is not None and self.rows[scale]["forget"] <= options.until:
