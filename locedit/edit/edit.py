@@ -16,7 +16,7 @@ from locedit.components import ComponentSet, SlicesFor, Table
 from locedit.edit.adapter import LowRank, adapters_active
 from locedit.edit.layers import AddedLayer, layers_active
 from locedit.edit.regions import Patch, Region, checksum, contained, regions, require_editable, unite
-from locedit.edit.tokens import ControlTokens, conditioned
+from locedit.edit.tokens import NONE, ControlTokens, conditioned
 from locedit.errors import LoceditError, nearest
 from locedit.models import Model
 from locedit.provenance import Provenance
@@ -201,7 +201,7 @@ class Edit:
             stack.enter_context(self._hooked(model))
         if self.layers:
             stack.enter_context(layers_active(model, self.layers))
-        if self.tokens is not None:
+        if self.tokens is not None and self.tokens.used != NONE:
             stack.enter_context(conditioned(model, self.tokens.rows, self.tokens.used))
 
     def check(self, model: Model, *, base: str = "") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from locedit.edit.tokens import ControlTokens
+from locedit.edit.tokens import NONE, ControlTokens
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.storage import write_text
@@ -23,6 +23,10 @@ def export_tokens(model: Model, tokens: ControlTokens, folder: Path) -> Any:
     """
     if model.tokenizer is None:
         raise LoceditError("control tokens are exported with their tokenizer; this model has none")
+    if tokens.used == NONE:
+        raise LoceditError(
+            "no control token of this edit is in use: its rows are untrained; there is nothing to export"
+        )
     tokenizer = copy.deepcopy(model.tokenizer)
     known = tokenizer.get_vocab()
     if taken := [name for name in tokens.names if name in known]:

@@ -1,7 +1,7 @@
 """Training control tokens: their rows, with or without deltas of the model's weights."""
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from locedit.edit.restrict import Deltas, Held, train_dtype
-from locedit.edit.tokens import ControlTokens, Used, conditioned, conditioned_on
+from locedit.edit.tokens import NONE, ControlTokens, Used, conditioned, conditioned_on
 from locedit.models import Model
 
 
@@ -17,6 +17,8 @@ class TokenRows(Held):
     """Rows of control tokens, trained together with deltas; before every text stands the first token.
 
     `using` puts others there for a while, and `paused` none: that is the unedited model. The edit is of kind `tokens`.
+    As long as the rows are those that were drawn, the edit has no token in use: a random one would change the model,
+    and what is measured before training would not be the unedited one.
     """
 
     def __init__(
@@ -54,17 +56,16 @@ class TokenRows(Held):
     @contextmanager
     def saved(self) -> Generator[None]:
         """The edit as it would be saved: weights and rows in the model's dtype, the best token before every text."""
-        rows = self._rounded()
-        if self.deltas is None:
-            with conditioned(self.model, rows, self._best):
-                yield
-            return
-        with self.deltas.saved(), conditioned(self.model, rows, self._best):
+        with ExitStack() as stack:
+            if self.deltas is not None:
+                stack.enter_context(self.deltas.saved())
+            if self._in_use() != NONE:
+                stack.enter_context(conditioned(self.model, self._rounded(), self._best))
             yield
 
     def change(self) -> dict[str, Any]:
         patches = self.deltas.change()["patches"] if self.deltas else ()
-        tokens = ControlTokens(names=self.names, rows=self._rounded().cpu(), used=self._best)
+        tokens = ControlTokens(names=self.names, rows=self._rounded().cpu(), used=self._in_use())
         return {"kind": "tokens", "patches": patches, "tokens": tokens}
 
     def lost(self) -> float:
@@ -81,6 +82,9 @@ class TokenRows(Held):
     def constrain(self) -> None:
         if self.deltas is not None:
             self.deltas.constrain()
+
+    def _in_use(self) -> int:
+        return NONE if torch.equal(self.rows, self.start) else self._best
 
     def _rounded(self) -> Tensor:
         return self.rows.detach().to(self.model.dtype, copy=True)

@@ -20,6 +20,9 @@ from locedit import tracing
 from locedit.errors import LoceditError
 from locedit.models import Model
 
+NONE = -1
+"""In the place of a token's number: no token."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlTokens:
@@ -30,7 +33,7 @@ class ControlTokens:
     rows: Float[Tensor, "tokens d_model"]
     "their input embeddings, in the model's dtype, on the CPU"
     used: int = 0
-    "the one that stands before every text"
+    "the one that stands before every text; -1 = none, of a training whose state before the first step is taken"
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensor, as JSON values."""

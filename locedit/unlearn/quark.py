@@ -7,8 +7,9 @@ quantiles. A step learns a batch of the pool, each text behind its quantile's to
     -log p(y_t | r_k, x, y_<t) + kl_weight * KL_t - entropy_weight * H_t
 
 The reference of KL is the unedited model without a token. The edit holds the tokens; the best one stands before every
-text, and what is changed is conditional on it. A published pool keeps text and tokenizes it again, which loses end
-tokens; here it keeps token ids. Published code adds one token more than there are quantiles, which is never used.
+text, and what is changed is conditional on it. Before the first step no token stands anywhere: levels before training
+are those of the unedited model. A published pool keeps text and tokenizes it again, which loses end tokens; here it
+keeps token ids. Published code adds one token more than there are quantiles, which is never used.
 """
 
 import dataclasses
@@ -60,6 +61,8 @@ class Quark:
         with _rows(step).using(state["labels"][numbers]):
             scored = step.score(batch)
         reference = step.unedited(batch) if self.options.kl_weight or self.options.adaptive else None
+        if self.options.adaptive:
+            step.columns |= _weights(state, self.options)  # with which the step is made
         return terms(scored, reference, state, self.options)
 
     def _write(self, step: Step) -> None:

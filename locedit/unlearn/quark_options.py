@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from locedit.edit.train import TrainOptions
+from locedit.errors import LoceditError
 from locedit.rewards import RewardOptions
 from locedit.sampling import Sampling
 from locedit.unlearn.registry import above_zero, at_least_one, at_least_zero, one_of
@@ -53,7 +54,7 @@ class QuarkOptions(TrainOptions, RewardOptions):
     sample_batch_size: int = 64
     "texts that are written together"
     adaptive: bool = False
-    "change kl_weight and entropy_weight after every batch towards the two targets"
+    "change kl_weight and entropy_weight after every batch towards the two targets; the history has both"
     kl_target: float = 3.0
     "nats of KL(edited || unedited), summed over a response, mean over responses"
     entropy_target: float = 40.0
@@ -73,6 +74,11 @@ class QuarkOptions(TrainOptions, RewardOptions):
         above_zero(self, "kl_target", "entropy_target", "horizon", "adaptive_clip")
         at_least_one(self, "quantiles", "sample_interval", "samples_per_prompt", "sample_batch_size")
         at_least_one(self, "prompts_per_refresh", "keep_refreshes")
+        if self.adaptive and self.batch_size * self.adaptive_clip >= self.horizon:
+            raise LoceditError(
+                f"horizon={self.horizon!r} must be above batch_size * adaptive_clip = "
+                f"{self.batch_size * self.adaptive_clip:g}: one batch could turn the sign of a weight"
+            )
         self.sampling()
 
     def sampling(self) -> Sampling:
