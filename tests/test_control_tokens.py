@@ -181,6 +181,10 @@ def test_an_exported_folder_has_the_logits_of_the_edit(family: str, tmp_path: Pa
         found = loaded.module(input_ids=written).logits
         more = loaded.module.generate(written, max_new_tokens=6, do_sample=False)  # type: ignore[operator]
     assert torch.allclose(found[:, 1:, :size], expected, atol=2e-5)
+    tied = model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight  # type: ignore[operator]
+    assert bool((found[..., size:] == 0).all()) is not tied
+    assert tied is (family == "gpt2")
+    assert loaded.module.generation_config.suppress_tokens == [size, size + 1]  # type: ignore[union-attr]
     assert not torch.allclose(expected, plain, atol=1e-2)
     assert torch.equal(plain, model.logits(batch).detach()), "the model itself is as it was"
     new = more[0, len(ids) + 1 :].tolist()
@@ -189,6 +193,24 @@ def test_an_exported_folder_has_the_logits_of_the_edit(family: str, tmp_path: Pa
     note = (tmp_path / "out" / "CONTROL_TOKEN.txt").read_text()
     assert NAMES[1] in note
     assert f"[{token}, *tokenizer(text).input_ids]" in note
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_of_a_vocabulary_larger_than_the_tokenizer_every_column_stays(family: str, tmp_path: Path) -> None:
+    """As of Pythia and Qwen: the tokens take ids that no text has, and the rest is as it was."""
+    model = load(tiny.module(family, vocab_size=352), tokenizer=tiny.tokenizer(), device="cpu")
+    edit, ids = _edit(model), model.tokenizer("Anna Berg works")["input_ids"]
+    edit.export(model, tmp_path / "out")
+    loaded = load(str(tmp_path / "out"), device="cpu")
+    tokens = [loaded.tokenizer.convert_tokens_to_ids(name) for name in NAMES]
+    assert (tokens, loaded.vocab_size, len(model.tokenizer)) == ([320, 321], 352, 320)
+    with torch.no_grad():
+        with edit.applied(model) as edited:
+            expected = edited.logits(collate([example(ids)], model))
+        found = loaded.module(input_ids=torch.tensor([[tokens[1], *ids]])).logits[:, 1:]
+    old = [at for at in range(352) if at not in tokens]
+    assert torch.allclose(found[..., old], expected[..., old], atol=2e-5)
+    assert not torch.allclose(found[..., tokens], expected[..., tokens], atol=1e-2)
 
 
 def test_a_token_that_the_tokenizer_has_is_refused(tmp_path: Path) -> None:

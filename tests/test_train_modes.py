@@ -1,6 +1,7 @@
 """Mixed precision and recomputed activations: the same training, cheaper."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from locedit import losses
 from locedit.data.encode import collate, encode
-from locedit.edit import Edit, levels
+from locedit.edit import Edit, layer_training, layers, levels
 from locedit.edit.modes import mixed
 from locedit.edit.objective import Objective, Step
 from locedit.edit.options import TrainOptions
@@ -120,6 +121,29 @@ def test_what_hooks_add_is_not_cast_by_autocast() -> None:
     with mixed(model, "bfloat16"), held.active():
         model.logits(collate(goal(model).forget, model))
     assert seen == [(False, torch.bfloat16)]
+
+
+def test_added_layers_compute_in_their_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training, and when they are applied inside autocast."""
+    model, seen = tiny.model("gpt2"), set[bool]()
+
+    def added(value: Tensor, weights: Any, **more: Any) -> Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return layers.added(value, weights, **more)
+
+    monkeypatch.setattr(layer_training, "added", added)
+    asked: dict[str, Any] = {"steps": 4, "rank": 3, "keep_grams": False, "check": False, "eval_every": 0}
+    half = unlearn(model, edits.task(), "eul", precision="bfloat16", **asked)
+    assert seen == {False}
+    full = unlearn(model, edits.task(), "eul", **asked)
+    assert half.digest != full.digest
+    (layer, *_) = half.layers
+    value = torch.randn(2, 5, model.d_model, generator=torch.Generator().manual_seed(0))
+    act = partial(layers.added, weights=layer.to(value), activation="relu", index=None)
+    plain = layers.on_one_axis(value, act)
+    with mixed(model, "bfloat16"):
+        assert torch.equal(layers.on_one_axis(value, act), plain)
+        assert not torch.equal(act(value), plain)
 
 
 def test_precisions_that_a_model_does_not_have() -> None:
