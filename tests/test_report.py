@@ -22,6 +22,7 @@ from locedit.report.page import embed
 from locedit.report.palette import COLOURS, NAMES
 from locedit.report.side_by_side import side_by_side
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure, Role, Stage
+from locedit.storage import write_json
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>\'"&amp;'
 PROVENANCE = Provenance(method="depn", settings={"steps": 20}, model="5f2c", model_name="lab", versions={"torch": "2"})
@@ -492,7 +493,7 @@ def test_captions_say_what_the_figure_shows() -> None:
     assert "Found components: reached at 2 neurons, retain 0.96" in captions.comparison(a_comparison())
     assert "Random sets: not reached (lowest 0.97)" in captions.comparison(a_comparison())
     assert captions.attack(an_attack(0.81)).startswith(
-        "At the attack's dose: found components 0.81, retain 0.90; never knew 0.32"
+        "At the attack's dose: this edit 0.81, retain 0.90; never knew 0.32"
     )
 
 
@@ -635,7 +636,7 @@ def test_several_runs_are_compared_on_one_page() -> None:
     assert html.count('class="run"') == 2
     assert len([1 for kind, body in page.scripts if not kind and len(body) > 1_000_000]) == 1
     names = {trace.get("name") for kind, body in page.scripts if kind for trace in json.loads(body)["data"]}
-    assert {"a: found components", "b: found components", "a: never knew"} <= names
+    assert {"a: this edit", "b: this edit", "a: never knew"} <= names
 
 
 def test_the_page_is_written_once(tmp_path: Path) -> None:
@@ -757,3 +758,31 @@ def test_a_wide_interval_of_a_full_score_hides_no_change(after: float, width: fl
     full = dataclasses.replace(a_measure("forget", 1.0, name="accuracy"), low=0.4)
     pair = judge.Pair(before=full, after=a_measure("forget", after, stage="after", name="accuracy", width=width))
     assert judge.forgetting(pair, 0.0) == state
+
+
+def test_deletion_requests_stand_on_the_page(tmp_path: Path) -> None:
+    """Every request with its level at the end, how they became one edit, and which are back."""
+    table = {
+        "request": ["Ada", "Bo", "retain"],
+        "unedited": [0.9, 0.8, 0.7],
+        "before": [0.9, 0.7, 0.7],
+        "after": [0.1, 0.05, 0.6],
+        "end": [0.1234, 0.5, 0.6],
+        "came_back": [False, True, None],
+    }
+    write_json(tmp_path / "requests" / "requests.json", {"requests": 2, "table": table, "fused": True})
+    page = report(str(tmp_path)).html()
+    assert "2 deletion requests, each trained alone and then fused: 1 have come back at the end (Bo)." in page
+    assert "0.1234" in page
+    chained = words.requests({"requests": 2, "table": table | {"came_back": [False, False, None]}, "fused": False})
+    assert chained == ("2 deletion requests, each trained on top of those before it: none has come back at the end.")
+    assert "Deletion requests" not in report(RunResults(name="none")).html()
+
+
+def test_held_out_items_that_are_as_likely_as_what_is_forgotten_are_no_floor() -> None:
+    """A habit is in held-out texts too: that a rare word became rarer still is no forgetting of questions."""
+    before, after = a_measure("probability", 0.0175, stage="before"), a_measure("probability", 0.0075)
+    before = dataclasses.replace(before, low=0.015, high=0.02)
+    pair = judge.Pair(before=before, after=dataclasses.replace(after, low=0.006, high=0.009))
+    assert judge.forgetting(pair, 0.0170) == "unknown"
+    assert judge.forgetting(pair, 0.0076) == "gone"

@@ -143,7 +143,7 @@ def sentence(found: Findings) -> str:
     steps = _span(sorted({dose.steps for dose in found.doses.values()}))
     left = found.left.value
     kept = f"The edit itself left {left:.0%} in place. " if left >= LEFT else ""
-    text = f"{kept}{_verdict(share)} with {_span(items)} items{people} and {steps} steps: "
+    text = f"{kept}{_verdict(share, left)} with {_span(items)} items{people} and {steps} steps: "
     text += f"the half that was not relearned stands at {_mean(found.back(main))} {_plain(found.metric)} "
     text += f"({_mean(found.before)} before the edit, {_mean(found.after)} after it"
     never = found.arm("never knew")
@@ -154,9 +154,12 @@ def sentence(found: Findings) -> str:
     return text + "."
 
 
-def _verdict(share: Estimate) -> str:
+def _verdict(share: Estimate, left: float) -> str:
+    """The finding in words. `left`, the share that the edit left in place."""
     if share.value != share.value:
         return "No share can be given (hardly more was known before than is guessed)"
+    if 0.3 <= share.value <= left:
+        return f"No more comes back than the edit left ({share.value:.0%})"
     if share.value >= 0.7:
         return f"Comes back ({share.value:.0%})"
     if share.value >= 0.3:

@@ -6,7 +6,7 @@ from locedit.components import ComponentSet
 from locedit.report import judge
 from locedit.report.lines import RANKS, along, main_column, retain_column
 from locedit.report.numbers import count, dose_range, number, over_seeds, percent, spread
-from locedit.report.palette import NAMES
+from locedit.report.palette import NAMES, UNDER_ATTACK
 from locedit.results import AttackResult, Comparison, Curve, Role
 from locedit.scores import Scores
 
@@ -77,4 +77,4 @@ def _end(role: Role, curves: Sequence[Curve]) -> str:
     reached = spread([c.columns[main_column(c)][judge.dose_index(c)] for c in curves])
     kept = [c.columns[name][judge.dose_index(c)] for c in curves if (name := retain_column(c))]
     retained = f", retain {number(spread(kept).value)}" if kept else ""
-    return f"{NAMES[role]} {over_seeds(reached, word='runs')}{retained}"
+    return f"{UNDER_ATTACK[role]} {over_seeds(reached, word='runs')}{retained}"

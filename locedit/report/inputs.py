@@ -13,7 +13,7 @@ from locedit.results import Comparison, Evaluation
 from locedit.scores import Scores
 from locedit.storage import read_json
 
-CHOICES = "Scores, ComponentSet, Edit, Evaluation, Comparison, RunResults, a run's folder"
+CHOICES = "Scores, ComponentSet, Edit, Requests, Evaluation, Comparison, RunResults, a run's folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class RunResults:
     evaluation: Evaluation | None = None
     comparison: Comparison | None = None
     agreement: Agreement | None = None
+    requests: dict[str, Any] | None = None
+    "deletion requests in sequence, as their requests.json says: how many, whether fused, and their table"
 
     @property
     def named_scores(self) -> dict[str, Scores]:
@@ -59,8 +61,8 @@ class RunResults:
 def gather(items: Iterable[object]) -> list[RunResults]:
     """Runs from any mixture of run folders, RunResults and result objects.
 
-    Loose objects (Scores, ComponentSet, Edit, Evaluation, Comparison) make one run together; a second set, edit,
-    evaluation or comparison begins the next run.
+    Loose objects (Scores, ComponentSet, Edit, Requests, Evaluation, Comparison) make one run together; a second set,
+    edit, evaluation or comparison begins the next run.
     """
     runs: list[RunResults] = []
     loose: RunResults | None = None
@@ -82,6 +84,8 @@ def gather(items: Iterable[object]) -> list[RunResults]:
 
 
 def _field(item: object) -> tuple[str, Any]:
+    from locedit.unlearn.requests import Requests  # not at the top: it loads all that trains
+
     for kind, field in (
         (Scores, "scores"),
         (ComponentSet, "components"),
@@ -90,6 +94,8 @@ def _field(item: object) -> tuple[str, Any]:
     ):
         if isinstance(item, kind):
             return field, item
+    if isinstance(item, Requests):
+        return "requests", item.header()
     summary = getattr(item, "summary", None)
     summary = summary() if callable(summary) else summary
     if isinstance(summary, Mapping):
@@ -120,11 +126,12 @@ def read_run(folder: str | Path) -> RunResults:
     run = RunResults(
         name=path.name,
         scores=tuple(Scores.load(file.parent) for file in sorted((path / "localize").glob("*/scores.json"))),
-        components=ComponentSet.load(path / "components.json") if (path / "components.json").exists() else None,
+        components=_components(path),
         edit_summary=_edit_summary(edit) if edit.exists() else None,
         evaluation=Evaluation.load(evaluation) if evaluation else None,
         comparison=Comparison.load(comparison) if comparison else None,
         agreement=Agreement.load(agreed) if (agreed := path / "localize" / "agreement.json").exists() else None,
+        requests=read_json(asked) if (asked := path / "requests" / "requests.json").exists() else None,
     )
     if run == RunResults(name=path.name):
         raise LoceditError(f"{folder}: holds no results (components.json, localize/, edit/, evaluation, comparison)")
@@ -139,6 +146,13 @@ def _refuse_other_edit(path: Path, edit: Path) -> None:
         made_for = read_json(file).get("edit") if file.exists() else None
         if made_for and digest and made_for != digest:
             raise LoceditError(f"{path / name} was made for another edit than {edit.parent}; run {again} with --force")
+
+
+def _components(path: Path) -> ComponentSet | None:
+    """The set that was selected in this folder, else the one that the edit was made inside."""
+    places = (path / "components.json", path / "edit" / "within.json")
+    found = next((place for place in places if place.exists()), None)
+    return ComponentSet.load(found) if found else None
 
 
 def _first(path: Path, name: str) -> Path | None:

@@ -73,13 +73,15 @@ def forgetting(pair: Pair, end: float | None) -> Forgetting:
     """How far the forget set went towards `end`, the floor.
 
     "unchanged" when either value lies within the other's interval, "worse" when it moved away, "gone" when it went at
-    least 0.9 of the way, "partly" when less; "unknown" when there is no floor to measure by or a number is missing.
+    least 0.9 of the way, "partly" when less. "unknown" when a number is missing, or when there is no floor to measure
+    by: none at all, or one within the interval before the edit, as when held-out items are no less likely.
     """
     if not (isfinite(pair.before.value) and isfinite(pair.after.value)):
         return "unknown"
     if pair.same:
         return "unchanged"
-    if end is None or pair.before.value == end:
+    before = interval(pair.before)
+    if end is None or before.low <= end <= before.high:
         return "unknown"
     share = (pair.before.value - pair.after.value) / (pair.before.value - end)
     if share < 0:

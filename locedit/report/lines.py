@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from locedit.report.palette import COLOURS, NAMES, RUN_DASHES, RUN_SYMBOLS, SYMBOLS, plain
+from locedit.report.palette import COLOURS, NAMES, RUN_DASHES, RUN_SYMBOLS, SYMBOLS, UNDER_ATTACK, plain
 from locedit.results import AttackResult, Curve, Role
 
 FAINT: frozenset[Role] = frozenset({"random", "other"})
@@ -176,7 +176,8 @@ def look(curve: Curve, run: Run, *, first: bool) -> dict[str, Any]:
 
 def label(curve: Curve, run: Run) -> str:
     """The role in words (for role "other" the curve's own name), behind the run's name where there are several runs."""
-    role = plain(curve.name) if curve.role == "other" else NAMES[curve.role]
+    names = NAMES if main_column(curve) == "forget" else UNDER_ATTACK
+    role = plain(curve.name) if curve.role == "other" else names[curve.role]
     return role if run is None else f"{plain(run[1])}: {role}"
 
 

@@ -154,7 +154,7 @@ def _models(runs: Sequence[RunResults]) -> list[str]:
 
 
 def _run_view(run: RunResults, anchor: str) -> RunView:
-    makers = (_done, _scores, _agreement, _components, _tradeoff, _attacks, _measures, _examples, _settings)
+    makers = (_done, _scores, _agreement, _components, _requests, _tradeoff, _attacks, _measures, _examples, _settings)
     made = [maker(run, f"{anchor}-{maker.__name__.strip('_')}") for maker in makers]
     sections = [section for section in made if section is not None]
     return RunView(name=run.name, anchor=anchor, verdict=words.verdict(run), sections=sections)
@@ -208,6 +208,18 @@ def _components(run: RunResults, anchor: str) -> Section:
     figure = figures.components(run.components)
     caption = f"{words.chosen(run.components)} {captions.components(run.components)}"
     return Section(title=title, anchor=anchor, figures=[_view(figure, caption)], tables=[tables.sites(run.components)])
+
+
+def _requests(run: RunResults, anchor: str) -> Section | None:
+    """Nothing for a run without deletion requests."""
+    if run.requests is None:
+        return None
+    return Section(
+        title="Deletion requests",
+        anchor=anchor,
+        steps=[words.requests(run.requests)],
+        tables=[tables.requests(run.requests["table"])],
+    )
 
 
 def _tradeoff(run: RunResults, anchor: str) -> Section:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from locedit.components import ComponentSet, Table
@@ -208,6 +208,14 @@ def best(scores: Scores, *, k: int = 20, name: str = "") -> TableView:
     return TableView(
         title=f"{name}{': ' if name else ''}the {len(rows)} highest", columns=columns, rows=rows, folded=True
     )
+
+
+def requests(table: Table) -> TableView:
+    """The level of every deletion request and of what is kept, before any edit, around its own training, and at the
+    end."""
+    plain = evidence("", table)
+    caption = "Level: mean answer probability. After: just after its own training; end: with all requests."
+    return replace(plain, title="Every request, measured again at the end", folded=False, caption=caption)
 
 
 def evidence(name: str, table: Table, *, most: int = 200) -> TableView:

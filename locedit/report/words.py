@@ -117,6 +117,8 @@ def _label(state: Forgetting, outcomes: list[Recovery]) -> tuple[str, Tone]:
 
 def _unevaluated(run: RunResults) -> str:
     chosen = f"{size(run.components)} were chosen. " if run.components is not None else ""
+    if run.requests is not None:
+        return f"{chosen}{requests(run.requests)} There is no evaluation of them all beside it."
     return f"{chosen}There is no evaluation before and after an edit, so nothing is said about its effect."
 
 
@@ -194,6 +196,8 @@ def action(run: RunResults) -> str:
 
 def attack_sentence(result: AttackResult, outcome: Recovery) -> str:
     """The attack's own sentence, its one number with the interval, and what that allows one to say."""
+    if outcome == "unmeasured":
+        return f"{result.sentence} {result.name[0].upper()}{result.name[1:].replace('_', ' ')}: {MEANINGS[outcome]}."
     name = result.name[0].upper() + result.name[1:].replace("_", " ")
     metric = result.headline.name.replace("_", " ")
     brings = "brings back a share of" if result.headline.name == judge.SHARE else f"ends at {metric}"
@@ -224,6 +228,8 @@ def done(run: RunResults) -> list[str]:
         lines.append(chosen(run.components))
     if run.edit:
         lines.append(f"{action(run)}{_held(run.edit)}.")
+    if run.requests is not None:
+        lines.append(requests(run.requests))
     if run.comparison:
         lines.append(_compared(run.comparison))
     if run.evaluation:
@@ -249,6 +255,15 @@ def chosen(components: ComponentSet) -> str:
     held = parameters(components)
     share = f"; they hold {held[0]:,} of {held[1]:,} parameters ({percent(held[0], held[1])})" if held else ""
     return f"{size(components)} were chosen{f' ({rule})' if rule else ''}{share}."
+
+
+def requests(found: dict[str, Any]) -> str:
+    """How many deletion requests there were, how they became one edit, and how many are back at the end."""
+    table, count = found["table"], found["requests"]
+    how = "each trained alone and then fused" if found["fused"] else "each trained on top of those before it"
+    back = [str(n) for n, again in zip(table["request"], table["came_back"], strict=True) if again]
+    which = f"{len(back)} have come back at the end ({', '.join(back)})" if back else "none has come back at the end"
+    return f"{count} deletion requests, {how}: {which}."
 
 
 def _held(edit: dict[str, Any]) -> str:
