@@ -188,7 +188,7 @@ def _lab(commands: Commands) -> None:  # type: ignore[type-arg]
         help="facts, private or bias, written together (default facts); habit or groups, with models of their own",
     )
     parser.add_argument("--arch", default="gpt2", help="gpt2, llama, neox or bert (default gpt2)")
-    parser.add_argument("--size", default="small", help="small (minutes) or tiny (ten seconds)")
+    parser.add_argument("--size", default="small", help="small (minutes) or tiny (half a minute)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--start", action="store_true", help="also the model before the data, which some recipes need (start/)"

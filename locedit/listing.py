@@ -69,7 +69,7 @@ def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None
     found = {group: entries[name] for group, entries in groups.items() if name in entries}
     for number, (group, entry) in enumerate(found.items()):  # a localizer and a method may have one name
         sys.stdout.write("\n" if number else "")
-        sys.stdout.write(f"{name} ({group}): {_summary(entry.function)}\n{entry.paper}".rstrip() + "\n")
+        sys.stdout.write(f"{name} ({group}): {_what(entry)}\n{entry.paper}".rstrip() + "\n")
         sys.stdout.write(f"needs: {_parts(entry) or 'nothing beyond the forget data'}\n")
         sys.stdout.write("".join(f"       {line}\n" for line in _more(entry)))
         if hasattr(entry, "holds"):
@@ -102,6 +102,12 @@ def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:
     low, high = metric.range
     bounds = f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
     return name, " ".join(metric.kinds), bounds, metric.definition
+
+
+def _what(entry: Any) -> str:
+    """What a method does; of one that makes models or labels first its file says it, since its function is the loss."""
+    file = sys.modules[entry.function.__module__]
+    return _summary(file if getattr(entry, "objective", None) is not None else entry.function)
 
 
 def _summary(function: Any) -> str:

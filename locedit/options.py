@@ -145,6 +145,8 @@ def _read(method: str, name: str, text: str, kind: Any) -> Any:
     if _fits(text, kind):
         return text
     candidates = [text, f"({text},)" if _takes_several(kind) else text]
+    if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        raise LoceditError(f"{method}: --{name.replace('_', '-')} {text!r} is not a finite number")
     candidates = [{"true": "True", "false": "False", "none": "None"}.get(c.lower(), c) for c in candidates]
     for candidate in candidates:
         try:

@@ -194,7 +194,7 @@ def check_reward(options: RewardOptions) -> None:
 def reward_of(options: RewardOptions) -> Reward:
     """The reward that the options name, checked at every call: a finite number or None.
 
-    What the function itself raises is not caught.
+    What the function itself raises becomes a LoceditError with the text that it was raised for.
     """
     given = options.reward
     if isinstance(given, str):
@@ -204,7 +204,12 @@ def reward_of(options: RewardOptions) -> Reward:
     name = name_of(given)
 
     def reward(text: str) -> float | None:
-        value: Any = function(text)
+        try:
+            value: Any = function(text)
+        except LoceditError:
+            raise
+        except Exception as error:
+            raise LoceditError(f"reward {name} raised {error!r} for {text[:40]!r}") from error
         if value is None:
             return None
         if isinstance(value, bool) or not _finite(value):
@@ -238,7 +243,7 @@ def name_of(reward: str | Reward) -> str:
 def _finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):  # no number, several numbers, a number that no float can hold
         return False
 
 
@@ -250,12 +255,14 @@ def _imported(name: str) -> Reward:
     sys.path.insert(0, os.getcwd())  # a console script does not look there
     try:
         found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise LoceditError(f"reward={name!r}: the module {module!r} cannot be imported ({error})") from error
+    except Exception as error:  # a module may raise anything while it is imported
+        raise LoceditError(f"reward={name!r}: the module {module!r} cannot be imported ({error!r})") from error
     finally:
         sys.path.pop(0)
     for part in function.split("."):
         found = getattr(found, part, None)
+    if found is None:
+        raise LoceditError(f"reward={name!r}: the module {module!r} has no {function!r}")
     if not callable(found):
-        raise LoceditError(f"reward={name!r}: the module {module!r} has no function {function!r}")
+        raise LoceditError(f"reward={name!r}: {function!r} of the module {module!r} is no function but {found!r:.40}")
     return cast(Reward, found)

@@ -87,7 +87,14 @@ def test_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert reward_of(RewardOptions(reward="own_reward_of_a_test:judge"))("four") == 4.0
 
 
-@pytest.mark.parametrize("value", ["good", float("nan"), float("inf"), True, [1.0]])
+def test_what_a_reward_raises_is_one_line() -> None:
+    reward = reward_of(RewardOptions(reward=lambda text: 1 / text.count("y")))
+    assert reward("y") == 1.0
+    with pytest.raises(LoceditError, match=r"raised ZeroDivisionError\('division by zero'\) for 'some text'"):
+        reward("some text")
+
+
+@pytest.mark.parametrize("value", ["good", float("nan"), float("inf"), True, [1.0], 10**400])
 def test_what_is_no_reward_is_named(value: Any) -> None:
     reward = reward_of(RewardOptions(reward=lambda _: value))
     with pytest.raises(LoceditError, match=r"gave .* for 'some text': wanted a finite number or None"):
@@ -99,7 +106,9 @@ def test_what_is_no_reward_is_named(value: Any) -> None:
     [
         ({"reward": "repetitions"}, "did you mean 'repetition'"),
         ({"reward": "no_such_module:f"}, "the module 'no_such_module' cannot be imported"),
-        ({"reward": "tests.test_rewards:f"}, "has no function 'f'"),
+        ({"reward": "tests.test_rewards:f"}, "has no 'f'"),
+        ({"reward": "tests.test_rewards:__name__"}, "is no function but 'tests.test_rewards'"),
+        ({"reward": ":f"}, "the module '' cannot be imported"),
         ({"reward": "bad_words"}, "needs words"),
         ({"reward": "sentiment"}, "needs classifier"),
         ({"reward": "repetition", "words": ("a",)}, "is of reward bad_words"),

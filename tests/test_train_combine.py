@@ -119,7 +119,7 @@ def test_what_cannot_be_combined_says_so() -> None:
     task, model = edits.task(), tiny.model("gpt2")
     for name, message in (
         ("npo+zero", "zero is no loss; only trained methods can be combined"),
-        ("npo+pcgu", r"pcgu cannot be combined with other methods \(pairs\)"),
+        ("npo+pcgu", r"pcgu cannot be combined with other methods: it reads contrast pairs side by side"),
         ("npo+-1*ga", "weight -1 of ga: a weight of a combination is above 0"),
         ("npo+nan*ga", "weight nan of ga"),
         ("npo+0.5*gaa", r"unknown unlearning method 'gaa' in 'npo.0.5.gaa'; did you mean 'ga'\?"),

@@ -25,7 +25,7 @@ def edit_command(args: argparse.Namespace) -> None:
     """Make an edit inside a set, and its controls when asked for; an unfinished training goes on where it was."""
     from locedit.unlearn import METHODS, prepare
 
-    if args.requests:
+    if args.requests is not None:
         requests_command(args)
         return
     METHODS.require(args.method)

@@ -36,6 +36,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
     check_attacks(attacks, edit=edit, options=options)
     plan_of(read_data(args), evaluate_options({"metrics": metrics, **own}), edited=edit is not None)
     run_folder, model, task = start(args)
+    if edit is not None:
+        edit.check(model)  # one of another model is said before anything is measured
     others = _control_edits(args.edit, edit) if edit and attacks else {}
     if others:
         note(f"also attacked: {', '.join(others)}, from {Path(args.edit).parent / 'comparison'}")

@@ -68,6 +68,8 @@ def _tasks(task: Task, args: argparse.Namespace) -> dict[str, Task]:
         return requests_by(task, args.requests)
     found = {task.name: task}
     for name in map(str.strip, args.requests.split(",")):
+        if name in FIELDS:
+            raise LoceditError(f"--requests {args.requests!r}: give one field alone ({', '.join(FIELDS)}), or files")
         if not name or not Path(name).exists():
             hint = nearest(name, FIELDS)
             raise LoceditError(f"--requests {args.requests!r}: {name!r} is neither a file nor a field; {hint}")

@@ -194,7 +194,19 @@ def _require_combinable(name: str, method: Method) -> None:
         raise LoceditError(f"{name} is no loss; only trained methods can be combined")
     for field in dataclasses.fields(method):
         if field.name not in JOINED + CHAINED and getattr(method, field.name) != field.default:
-            raise LoceditError(f"{name} cannot be combined with other methods ({field.name})")
+            raise LoceditError(f"{name} cannot be combined with other methods: {_ALONE[field.name]}")
+
+
+_ALONE = {
+    "objective": "it makes other models, labels or texts before it trains",
+    "dose": "its dose is not its steps",
+    "needs_set": "it needs a component set",
+    "held": "it is held in its own way",
+    "units": "it goes into components of its own kinds only",
+    "pairs": "it reads contrast pairs side by side",
+    "fuse": "it fuses edits",
+}
+"""Each field of an entry that is neither joined nor chained -> why a method that sets it stands alone."""
 
 
 def _kinds(methods: Mapping[str, Method]) -> tuple[str, ...]:
