@@ -43,7 +43,7 @@ NAMES: dict[Role, str] = {
     "other": "other",
 }
 
-UNDER_ATTACK: dict[Role, str] = NAMES | {"found": "this edit"}
+UNDER_ATTACK: dict[Role, str] = {**NAMES, "found": "this edit"}
 "an edit is attacked whether or not it is inside a set"
 
 STAGES: dict[Stage, tuple[str, str]] = {
