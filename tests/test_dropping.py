@@ -19,7 +19,9 @@ from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
 from locedit.lab import Lab
 from locedit.models import Model
+from locedit.provenance import measure
 from locedit.results import AttackResult
+from locedit.rewards import name_of
 from locedit.unlearn import unlearn
 from tests import tiny
 from tests.unlearning import dataset, everything
@@ -221,3 +223,26 @@ def test_the_start_is_judged_on_prompts_of_its_own(monkeypatch: pytest.MonkeyPat
     both, own = [prompt for prompt in before if prompt in left], _mean(never, never)
     attack = _attack(model, task, edit, some)
     assert attack.headline.value == pytest.approx((_mean(left, both) - own) / (_mean(before, both) - own))
+
+
+def test_the_reward_of_the_edit_decides_what_is_measured() -> None:
+    """A habit is judged by the reward that the edit was made with, and never by the default one without being asked."""
+    model, task, edit = _writing()
+    with measure("quark", model=model, data=task, settings={"reward": name_of(odd), "words": None}, seed=0) as record:
+        pass
+    edit = dataclasses.replace(edit, provenance=record.provenance)
+    drop = ATTACKS["drop_token"].function
+    asked = drop(model, task, edit, reward=odd, **SAMPLED)
+    assert {m.name for m in asked.measures} >= {"habit_rate"}
+    assert asked.headline == _attack(model, task, edit, odd).headline
+    assert "habit_rate" not in {m.name for m in drop(model, task, edit, **SAMPLED).measures}
+    with pytest.raises(LoceditError, match="made with the reward 'tests.test_dropping:odd'; say by which reward"):
+        drop(model, task, edit, metric="habit_rate", **SAMPLED)
+    assert drop(model, task, edit, metric="habit_rate", reward=some, **SAMPLED).name == "drop_token"
+
+
+def test_a_reward_that_is_given_has_its_habit_measured() -> None:
+    model, task, edit = _writing()
+    names = {m.name for m in evaluate(model, task, edit, reward=odd, **SAMPLED).measures}
+    assert names >= {"habit_rate", "sample_perplexity", "probability"}
+    assert "habit_rate" not in {m.name for m in evaluate(model, task, edit, draws=50).measures}

@@ -19,6 +19,7 @@ from locedit.models import Model
 from locedit.options import fill
 from locedit.provenance import measure
 from locedit.results import AttackResult
+from locedit.rewards import RewardOptions, settings_of
 
 
 def drop_token(
@@ -40,11 +41,32 @@ def _dropped(
 ) -> AttackResult:
     if what not in edit.conditional:
         raise LoceditError(f"drop_{what}: the edit has no {WORDS[what][1]}: it is {edit}")
+    kind = _measured(what, edit, options)
     with measure(f"drop_{what}", model=model, data=task, settings=options, seed=options.seed) as record:
         same = {name: other for name, other in others.items() if what in other.conditional}
-        kind = Habit if options.metric == "habit_rate" else Items
         result = kind(what, model, task, edit, options).result(same)
     return dataclasses.replace(result, provenance=record.provenance)
+
+
+def _measured(what: Addition, edit: Edit, options: DropOptions) -> type[Habit] | type[Items]:
+    """A habit where it is asked for, or judged by the reward that the edit was made with; else the forget items."""
+    made_with, asked = _reward_of(edit), settings_of(options)
+    if options.metric == "habit_rate" and made_with not in ({}, asked) and options.reward == RewardOptions().reward:
+        raise LoceditError(
+            f"drop_{what}: the edit was made with the reward {made_with['reward']!r}; say by which reward the habit is "
+            "to be judged (--reward bad_words --words FILE, say)"
+        )
+    habit = options.metric == "habit_rate" or (options.metric == "auto" and made_with == asked)
+    return Habit if habit else Items
+
+
+def _reward_of(edit: Edit) -> dict[str, Any]:
+    """What decided the reward that the edit, or one in its chain, was made with; empty for one made without."""
+    for part in (edit, *edit.parts):
+        settings = part.provenance.settings if part.provenance else {}
+        if settings.get("reward") is not None:
+            return {name: settings[name] for name in ("reward", "words") if settings.get(name) is not None}
+    return {}
 
 
 __all__ = ["DropOptions", "drop_layer", "drop_token"]

@@ -14,7 +14,7 @@ from locedit.options import fill
 from locedit.progress import track
 from locedit.provenance import measure
 from locedit.results import AttackResult, Evaluation, Measure, Stage
-from locedit.rewards import check_reward
+from locedit.rewards import RewardOptions, check_reward
 from locedit.sampling import Sampling
 
 MEASURED = ("forget", "retain", "heldout", "texts", "prompts")
@@ -90,7 +90,8 @@ def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]
     for name in options.metrics or ():
         if name not in METRICS:
             raise LoceditError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
-    always = [name for name, metric in METRICS.items() if not metric.on_request]
+    judged = ("habit_rate", "sample_perplexity") if options.reward != RewardOptions().reward else ()
+    always = [name for name, metric in METRICS.items() if not metric.on_request or name in judged]
     wanted = {name: METRICS[name] for name in options.metrics or always}
     parts: dict[tuple[str, Family], Part] = {}
     done: set[str] = set()
