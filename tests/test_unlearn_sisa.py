@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from locedit.data.encode import collate, encode
+from locedit.edit.levels import levels
 from locedit.edit.stepping import Stepping
 from locedit.edit.train import train
 from locedit.errors import LoceditError
@@ -33,6 +34,10 @@ def test_the_edited_model_is_the_trained_start(architecture: str) -> None:
         for name, parameter in again.anatomy.parameters.items():
             assert torch.equal(edited.parameter(name), parameter)
     edit.verify(model)
+    before = levels(model, {"forget": encode(model, task.forget), "retain": encode(model, task.retain)})
+    assert {name: edit.history[name][0] for name in before} == before, "not those of the start"
+    assert edit.outcome["start"] == {name: expected.history[name][0] for name in before} != before
+    assert [edit.history[name][-1] for name in before] == [expected.history[name][-1] for name in before]
 
 
 def test_forget_data_have_no_part_in_it() -> None:

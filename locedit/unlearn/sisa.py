@@ -7,12 +7,14 @@ model had. Several shards are an ensemble with a training record, and no edit: s
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from locedit.components import ComponentSet
+from locedit.components import ComponentSet, Table
 from locedit.data.items import Task
 from locedit.edit.edit import Edit, weights_edit
+from locedit.edit.levels import levels
 from locedit.edit.objective import Objective
 from locedit.edit.options import TrainOptions
 from locedit.edit.regions import Region
@@ -66,7 +68,8 @@ def verify(task: Task, options: SisaEditOptions) -> None:
 def sisa(model: Model, task: Task, *, within: ComponentSet | None, hold: str, options: SisaEditOptions) -> Edit:
     """Train the task's start on the retain data, and give the result as new values of all weights.
 
-    It cannot be kept inside a set of the model: what is outside would be the start's, not the model's.
+    It cannot be kept inside a set of the model: what is outside would be the start's, not the model's. The first row of
+    the history has the model's levels, as that of every edit; the start's are in the outcome (`start`).
     """
     assert within is None, "checked with the options"
     settings = plain(options) | {"hold": hold}
@@ -77,8 +80,16 @@ def sisa(model: Model, task: Task, *, within: ComponentSet | None, hold: str, op
         with trained.applied(start) as again:
             now = again.anatomy.parameters
             values = [(Region(param=name), tensor.detach().to("cpu", copy=True)) for name, tensor in now.items()]
-            edit = weights_edit(model, values, history=trained.history, outcome=trained.outcome)
+        probes = objective_of(model, task, nll, name="sisa").probes
+        history, began = _from(levels(model, probes, level=options.training().level), trained.history)
+        edit = weights_edit(model, values, history=history, outcome=trained.outcome | {"start": began})
     return dataclasses.replace(edit, provenance=measured.provenance)
+
+
+def _from(before: Mapping[str, float], history: Table) -> tuple[Table, dict[str, Any]]:
+    """The history with the model's own levels as its first row, and the levels of the start, which stood there."""
+    changed = {name: [before[name], *column[1:]] for name, column in history.items() if name in before}
+    return history | changed, {name: history[name][0] for name in changed}
 
 
 def _require_alike(model: Model, start: Model) -> None:
