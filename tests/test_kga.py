@@ -40,14 +40,17 @@ def task_of(**parts: Any) -> Task:
     return everything(**({"start": start("gpt2"), "heldout": heldout} | parts))
 
 
-def without_training(monkeypatch: pytest.MonkeyPatch, *, known: list[float]) -> None:
-    """Let the start stand for both helpers."""
+def without_training(monkeypatch: pytest.MonkeyPatch, *, known: list[float]) -> list[int]:
+    """Let the start stand for both helpers; the seeds that they would be trained with."""
+    seeds: list[int] = []
 
     def untaught(base: Model, learned: list[Example], asked: list[Example], **how: Any) -> Helper:
-        del learned, how
+        del learned
+        seeds.append(how["seed"])
         return Helper(answers=answers_of(base, asked), known=known.pop(0))
 
     monkeypatch.setattr(kga, "helper", untaught)
+    return seeds
 
 
 def encoded(model: Model, role: str) -> list[Example]:
@@ -337,8 +340,9 @@ def test_helpers_that_know_unequal_parts_are_warned_of(
     forget: float, new: float, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In one line; what they know stands in the settings in any case."""
-    without_training(monkeypatch, known=[forget, new])
-    made = kga.objective(tiny.model("gpt2"), task_of(), KgaOptions())
+    seeds = without_training(monkeypatch, known=[forget, new])
+    made = kga.objective(tiny.model("gpt2"), task_of(), KgaOptions(seed=5))
+    assert seeds == [5, 5]
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == warned
     assert all(f"{forget:.2f} (forget) and {new:.2f} (new)" in line and "\n" not in line for line in lines)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from locedit.data.encode import Example, collate, encode
+from locedit.data.encode import Example, Span, collate, encode
 from locedit.data.items import Dataset, Fact, PlainText, Task, TokenText
 from locedit.data.shards import Shards, owner_of, shards, text_of
 from locedit.edit.checkpoint import checkpoints
@@ -211,14 +211,21 @@ def test_teachers_that_say_what_the_model_says_teach_nothing(whole: bool, monkey
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 
+def scored(examples: list[Example], options: LooOptions) -> list[Example]:
+    """The examples with the tokens scored that the option asks for."""
+    if options.tokens == "answer":
+        return examples
+    return [dataclasses.replace(e, spans=(Span(start=1, end=len(e.ids), label="all"),)) for e in examples]
+
+
 def by_hand(model: Model, task: Task, options: LooOptions) -> float:
     """The loss before the first step: every teacher trained, applied and run on each text alone."""
     found = loo.cut(task, options)
-    forget = encode(model, task.forget)
+    forget = scored(encode(model, task.forget), options)
     base = load(start("gpt2"), device="cpu")
     said: list[list[Tensor]] = []
     for part in found.parts:
-        own = [example for data in part for example in encode(model, data)]
+        own = scored([example for data in part for example in encode(model, data)], options)
         with taught(base, own, options=options, seed=options.seed, name="by hand").applied(base) as teacher:
             said.append([tables(teacher, example).detach().softmax(1) for example in forget])
     losses: list[Tensor] = []
@@ -229,14 +236,19 @@ def by_hand(model: Model, task: Task, options: LooOptions) -> float:
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("leave_out", ["owner", "nothing"])
-def test_the_whole_method_against_one_by_hand(leave_out: Any) -> None:
+OTHER: dict[str, Any] = {"leave_out": "nothing", "tokens": "all", "seed": 3}
+"of what decides the targets, other values than the defaults"
+
+
+@pytest.mark.parametrize("name", [None, *OTHER])
+def test_the_whole_method_against_one_by_hand(name: str | None) -> None:
     model, task = tiny.model("gpt2"), everything(start=start("gpt2"))
-    options = LooOptions(leave_out=leave_out, **QUICK)
-    edit = unlearn(model, task, "loo", leave_out=leave_out, check=False, **QUICK)
-    assert edit.history["forget_loss"][1] == pytest.approx(by_hand(model, task, options), rel=1e-4)
-    other = LooOptions(leave_out="owner" if leave_out == "nothing" else "nothing", **QUICK)
-    assert edit.history["forget_loss"][1] != pytest.approx(by_hand(model, task, other), rel=1e-3)
+    given = {"helper_batch_size": 1} | ({} if name is None else {name: OTHER[name]})
+    edit = unlearn(model, task, "loo", check=False, **QUICK, **given)
+    found = edit.history["forget_loss"][1]
+    assert found == pytest.approx(by_hand(model, task, LooOptions(**QUICK, **given)), rel=1e-4)
+    if name is not None:
+        assert found != pytest.approx(by_hand(model, task, LooOptions(**QUICK, helper_batch_size=1)), rel=1e-3)
 
 
 def test_teachers_are_trained_once_for_every_restriction_and_the_ablation(trainings: list[str]) -> None:

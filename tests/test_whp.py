@@ -347,6 +347,14 @@ def test_with_another_set_nothing_is_reinforced_again(monkeypatch: pytest.Monkey
     assert len(trained) == 1
 
 
+def test_the_seed_is_that_of_the_reinforced_model_too(trainings: list[str]) -> None:
+    model, task = tiny.model("gpt2"), everything()
+    options = prepare("whp", task, anchors=ANCHORS, seed=3, helper_steps=1)
+    make_labels(model, blocks_of(model, task.forget), options, seed=3)
+    objective(model, task, "whp", options=options)
+    assert trainings == ["whp, reinforced"]
+
+
 class Killed(BaseException):
     """Stands for a process that ends in the middle of a step."""
 
