@@ -412,6 +412,7 @@ def _sisa(commands: Commands) -> None:  # type: ignore[type-arg]
     evaluate.add_argument("--positive", metavar="LABEL", help="whose rates are to be equal (default the first label)")
     evaluate.add_argument("--seed", type=int, default=0, help="of the intervals")
     evaluate.add_argument("--out", metavar="FOLDER", help="for the table (default FOLDER/evaluation)")
+    evaluate.add_argument("--force", action="store_true", help="replace a table that is there")
     for action in (train, delete, verify, evaluate):
         action.add_argument(
             "--start", metavar="MODEL", help="the model before the data (default: the task's, the record's)"

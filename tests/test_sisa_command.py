@@ -76,6 +76,10 @@ def test_from_files_to_the_table(folder: Path, tmp_path: Path, hold: str, capsys
     assert "3 slices of 1 shards: the same bits as trained from the start" in capsys.readouterr().err
     assert run("evaluate", out, folder / "calibration.jsonl", folder / "test.jsonl") == 0
     printed = capsys.readouterr().out
+    assert run("evaluate", out, folder / "calibration.jsonl", folder / "test.jsonl") == 2
+    assert "fair.json exists already; give --force" in capsys.readouterr().err
+    assert run("evaluate", out, folder / "calibration.jsonl", folder / "test.jsonl", "--force") == 0
+    assert capsys.readouterr().out == printed
     assert "2 of 6 slices trained again" in printed
     rows = {row["predictor"]: row for row in csv.DictReader(io.StringIO((out / "evaluation/fair.csv").read_text()))}
     assert list(rows) == [

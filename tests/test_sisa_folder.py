@@ -155,7 +155,7 @@ def test_a_start_killed_before_its_record_can_be_given_again(model: Model, tmp_p
     assert not list((tmp_path / "a").glob(".*"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("x")
-    with pytest.raises(LoceditError, match="exists already"):
+    with pytest.raises(LoceditError, match="holds something that is no training record; give another folder"):
         sisa.train(model, data(), tmp_path / "b", verbaliser=WORDS, **OPTIONS)
 
 

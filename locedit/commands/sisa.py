@@ -14,7 +14,7 @@ from locedit.data.files import SUFFIXES, read_text
 from locedit.errors import LoceditError
 from locedit.models import Model, load
 from locedit.options import parse
-from locedit.storage import require_folder
+from locedit.storage import refuse_overwrite, require_folder
 from locedit.terminal import note
 
 
@@ -90,6 +90,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_fair_data(record, calibration, test)
     out = Path(args.out or Path(args.folder) / "evaluation")
     require_folder(out)
+    refuse_overwrite(out / "fair.json", force=args.force)
     ensemble = Ensemble.load(args.folder, _model(args, record.start))
     table = evaluate_fair(args.folder, ensemble, calibration, test, positive=args.positive, seed=args.seed)
     table.save(out)

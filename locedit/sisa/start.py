@@ -18,7 +18,6 @@ from locedit.sisa.options import SisaOptions
 from locedit.sisa.record import HOLDS, Record, new_record, require_items
 from locedit.sisa.stale import remove_half_written, remove_stale
 from locedit.sisa.training import Made, made_with, make, warn_elsewhere
-from locedit.storage import refuse_overwrite
 
 
 def train(
@@ -82,8 +81,8 @@ def _require_new(folder: Path) -> None:
     if folder.is_dir() and all(path.name == "within.json" or path.name.startswith(".") for path in folder.iterdir()):
         remove_half_written(folder)
         (folder / "within.json").unlink(missing_ok=True)
-    else:
-        refuse_overwrite(folder, force=False)
+    elif folder.exists():
+        raise LoceditError(f"{folder} holds something that is no training record; give another folder")
 
 
 def _same(folder: Path, record: Record) -> Record:

@@ -91,7 +91,10 @@ def start_of(model: Model, task: Task, *, by: str) -> Model:
 
     Raises LoceditError when there is none, when it is the model itself, or has another vocabulary.
     """
-    start = load(require_start(task, by=by), dtype=model.dtype, device=model.device)
+    try:
+        start = load(require_start(task, by=by), dtype=model.dtype, device=model.device)
+    except LoceditError as error:
+        raise LoceditError(f"{by}: start, the model before the data, of the task {task.name!r}: {error}") from error
     if start.fingerprint == model.fingerprint:
         raise LoceditError(f"{by}: start={task.start!r} is the model itself; it has to be the one before the data")
     if start.causal != model.causal or start.vocab_size != model.vocab_size:
