@@ -450,6 +450,7 @@ def test_a_layer_after_a_norm_is_not_baked_but_one_on_neurons_is() -> None:
         ({"kl_weight": 0.0, "task_weight": 0.0}, "leave the retain steps empty"),
         ({"ridge": 0.0}, "ridge=0.0 must be above 0"),
         ({"alpha": 0.0}, "alpha=0.0 must be above 0"),
+        ({"fusion_retain": 1.0, "fusion": "average"}, "fusion_retain=1.0 is of fusion='closed', not 'average'"),
         ({"hold": "weights"}, "eul cannot be held as 'weights'"),
     ],
 )

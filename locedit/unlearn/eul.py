@@ -89,6 +89,8 @@ class EulOptions(TrainOptions):
         one_of(self, "pattern", ("alternate", "sum"))
         one_of(self, "activation", ("relu", "linear"))
         one_of(self, "fusion", ("closed", "average", "chain"))
+        if self.fusion_retain and self.fusion != "closed":
+            raise LoceditError(f"fusion_retain={self.fusion_retain!r} is of fusion='closed', not {self.fusion!r}")
         if self.kl_weight == self.lm_weight == 0:
             raise LoceditError("kl_weight=0 and lm_weight=0 leave nothing that forgets")
         if self.kl_weight == self.task_weight == 0 and self.pattern == "alternate":
