@@ -44,7 +44,8 @@ def _words(plan: Plan, left: Sequence[Cell], there: Sequence[float | None], jobs
         return "nothing is left to do"
     if not every:
         most = in_words(at_most(plan, left) / jobs)
-        return f"at most about {most} with {jobs} job{'s' * (jobs > 1)}, where every edit takes all of its steps"
+        more = "" if all(map(_is_loss, (cell.name for cell in left))) else ", and helper models beside them"
+        return f"at most about {most} with {jobs} job{'s' * (jobs > 1)}, where every edit takes all of its steps{more}"
     mean = sum(every) / len(every)
     total = sum(sum(taken[c.name]) / len(taken[c.name]) if c.name in taken else mean for c in left)
     return f"about {in_words(total / jobs)} with {jobs} job{'s' * (jobs > 1)}, as long as those that are there took"
@@ -66,9 +67,16 @@ def at_most(plan: Plan, cells: Sequence[Cell]) -> float:
         bench = Bench(plan.config, cells[0].seed, Path(nowhere))
     options = without_compared(as_tuples(plan.config.keys.evaluate))
     measure = seconds_of(lambda: evaluate(bench.model, bench.data.measured, **options))
-    trained = next((cell for cell in cells if "steps" in cell.options), None)
+    trained = next((cell for cell in cells if "steps" in cell.options and _is_loss(cell.name)), None)
     step, levels = _step(bench, trained) if trained is not None else (measure, measure)
     return sum(_edit(cell, step, levels) + 2 * measure + _attacks(plan, cell, step, measure) for cell in cells)
+
+
+def _is_loss(name: str) -> bool:
+    """Whether a method is its loss and nothing more: it trains no other model first, whose time would be counted."""
+    from locedit.unlearn import METHODS
+
+    return METHODS[name].trained and METHODS[name].objective is None
 
 
 def _step(bench: Any, cell: Cell) -> tuple[float, float]:
