@@ -223,7 +223,7 @@ def evidence(name: str, table: Table, *, most: int = 200) -> TableView:
     heads = list(table)
     length = max((len(table[head]) for head in heads), default=0)
     rows = [[_any_cell(table[head][i]) for head in heads] for i in range(min(length, most))]
-    numeric = [all(row[c].sort is not None for row in rows) for c in range(len(heads))]
+    numeric = [_is_numeric([row[c] for row in rows]) for c in range(len(heads))]
     columns = [
         Column(name=head.replace("_", " "), numeric=is_number) for head, is_number in zip(heads, numeric, strict=True)
     ]
@@ -231,8 +231,16 @@ def evidence(name: str, table: Table, *, most: int = 200) -> TableView:
     return TableView(title=f"Evidence: {name.replace('_', ' ')}{more}", columns=columns, rows=rows, folded=True)
 
 
+def _is_numeric(cells: Sequence[Cell]) -> bool:
+    """Whether all that is said in a column are numbers."""
+    said = [cell for cell in cells if cell.text]
+    return bool(said) and all(cell.sort is not None for cell in said)
+
+
 def _any_cell(value: Any) -> Cell:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return Cell(text="yes" if value else "no")
+    if not isinstance(value, int | float):
         return Cell(text="" if value is None else str(value))
     return Cell(text=f"{value:,}" if isinstance(value, int) else f"{value:.4g}", sort=float(value))
 
