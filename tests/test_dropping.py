@@ -239,6 +239,8 @@ def test_the_reward_of_the_edit_decides_what_is_measured() -> None:
     with pytest.raises(LoceditError, match="made with the reward 'tests.test_dropping:odd'; say by which reward"):
         drop(model, task, edit, metric="habit_rate", **SAMPLED)
     assert drop(model, task, edit, metric="habit_rate", reward=some, **SAMPLED).name == "drop_token"
+    without = drop(model, dataclasses.replace(task, prompts=None), edit, reward=odd, **SAMPLED)
+    assert {m.name for m in without.measures} == {"accuracy"}, "nothing to go on from: the forget items"
 
 
 def test_a_reward_that_is_given_has_its_habit_measured() -> None:

@@ -19,9 +19,9 @@ class DropOptions(RewardOptions):
     """What is measured once it is dropped; the reward, samples and top_p are of habit_rate."""
 
     metric: Literal["auto", "accuracy", "probability", "memorization_accuracy", "habit_rate"] = "auto"
-    """auto: habit_rate where the reward is the one that the edit was made with, else accuracy for facts and
-    memorization_accuracy for private texts; habit_rate, the share of sampled responses to the task's prompts that the
-    reward calls bad"""
+    """auto: habit_rate where the task has prompts and the reward is the one that the edit was made with, else accuracy
+    for facts and memorization_accuracy for private texts; habit_rate, the share of sampled responses to the task's
+    prompts that the reward calls bad"""
     samples: int = 4
     "responses that are drawn for each prompt"
     top_p: float = 1.0

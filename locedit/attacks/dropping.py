@@ -41,23 +41,23 @@ def _dropped(
 ) -> AttackResult:
     if what not in edit.conditional:
         raise LoceditError(f"drop_{what}: the edit has no {WORDS[what][1]}: it is {edit}")
-    kind = _measured(what, edit, options)
+    kind = _measured(what, task, edit, options)
     with measure(f"drop_{what}", model=model, data=task, settings=options, seed=options.seed) as record:
         same = {name: other for name, other in others.items() if what in other.conditional}
         result = kind(what, model, task, edit, options).result(same)
     return dataclasses.replace(result, provenance=record.provenance)
 
 
-def _measured(what: Addition, edit: Edit, options: DropOptions) -> type[Habit] | type[Items]:
-    """A habit where it is asked for, or judged by the reward that the edit was made with; else the forget items."""
+def _measured(what: Addition, task: Task, edit: Edit, options: DropOptions) -> type[Habit] | type[Items]:
+    """A habit where it is asked for, or where there are prompts and the reward is that of the edit; else the items."""
     made_with, asked = _reward_of(edit), settings_of(options)
     if options.metric == "habit_rate" and made_with not in ({}, asked) and options.reward == RewardOptions().reward:
         raise LoceditError(
             f"drop_{what}: the edit was made with the reward {made_with['reward']!r}; say by which reward the habit is "
             "to be judged (--reward bad_words --words FILE, say)"
         )
-    habit = options.metric == "habit_rate" or (options.metric == "auto" and made_with == asked)
-    return Habit if habit else Items
+    own = options.metric == "auto" and made_with == asked and task.prompts is not None
+    return Habit if own or options.metric == "habit_rate" else Items
 
 
 def _reward_of(edit: Edit) -> dict[str, Any]:
