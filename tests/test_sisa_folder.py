@@ -270,7 +270,7 @@ def test_verify_trains_inside_the_folder_and_removes_what_it_trained(model: Mode
 def test_what_is_not_trained_to_its_end_is_not_verified(model: Model, tmp_path: Path, copy: Path) -> None:
     with killed(Edit, "save", at=3):
         sisa.train(model, data(), tmp_path / "a", verbaliser=WORDS, **OPTIONS)
-    with pytest.raises(LoceditError, match="shard 0 is not trained to its end; give `locedit sisa train` again"):
+    with pytest.raises(LoceditError, match="shard 0 is not trained to its end; `locedit sisa train` again trains what"):
         sisa.verify(tmp_path / "a", model=model, data=data())
     with pytest.raises(LoceditError, match="no shard to verify was given"):
         sisa.verify(copy, model=model, data=data(), shards=[])
@@ -294,3 +294,36 @@ def test_a_deleted_line_may_be_taken_out_of_the_data(model: Model, copy: Path) -
         sisa.delete(copy, [name], model=model, data=rest)
         rest = Dataset(items=tuple(item for item in rest if item.id != name), source="items")
         assert sisa.verify(copy, model=model, data=rest).same
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value, first: value["contents"].pop(first), "is in the shards or the contents, and not in both"),
+        (lambda value, _: value["shards"].append(value["shards"][0]), "is in the shards more than once"),
+    ],
+)
+def test_a_record_that_contradicts_itself_changes_nothing(copy: Path, model: Model, change: Any, message: str) -> None:
+    """It once had a deletion written into it, which then failed."""
+    value = read_json(copy / "record.json")
+    first, other = item_of(Record.load(copy), 0, 0), item_of(Record.load(copy), 1, 0)
+    change(value, first)
+    write_json(copy / "record.json", value)
+    before = (copy / "record.json").read_bytes()
+    for act in (
+        lambda: sisa.delete(copy, [other], model=model, data=data()),
+        lambda: sisa.verify(copy, model=model, data=data()),
+    ):
+        with pytest.raises(LoceditError, match=message):
+            act()
+    assert (copy / "record.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_not_verified(copy: Path, model: Model) -> None:
+    """Its tensors may be the same bits all the same."""
+    record = Record.load(copy)
+    assert sisa.verify(copy, model=model, data=data()).same
+    broken = checkpoint_folder(copy, record, 1, 0) / "edit.json"
+    broken.write_text("{")
+    with pytest.raises(LoceditError, match=str(broken)):
+        sisa.verify(copy, model=model, data=data())

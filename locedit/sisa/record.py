@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ class Record:
         try:
             if value["format"] != FORMAT:
                 raise LoceditError(f"{path}: record format {value['format']!r}; this version reads {FORMAT}")
-            return cls(
+            record = cls(
                 start=value["start"],
                 fingerprint=value["fingerprint"],
                 source=value["source"],
@@ -197,6 +198,16 @@ class Record:
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise LoceditError(f"{path}: not a training record ({error!r})") from error
+        record._require_whole(path)
+        return record
+
+    def _require_whole(self, path: Path) -> None:
+        """Raise LoceditError where the ids in the shards are not those of the contents, each once."""
+        held = Counter(name for parts in self.shards for part in parts for name in part)
+        if twice := [name for name, count in held.items() if count > 1]:
+            raise LoceditError(f"{path}: item {twice[0]!r} is in the shards more than once")
+        if alone := sorted(held.keys() ^ self.contents.keys()):
+            raise LoceditError(f"{path}: item {alone[0]!r} is in the shards or the contents, and not in both")
 
 
 def _request(value: Mapping[str, Any]) -> Request:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from locedit.data.items import Dataset
+from locedit.edit.edit import Edit
 from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.sisa.record import Record
@@ -54,7 +55,8 @@ def verify(folder: str | Path, *, model: Model, data: Dataset, shards: Sequence[
     record.require_finished(folder)
     wanted = _wanted(record, shards)
     if places := missing(folder, record, shards=wanted):
-        raise LoceditError(f"{folder}: shard {places[0][0]} is not trained to its end; give `locedit sisa train` again")
+        again = "the next `locedit sisa delete` trains" if record.requests else "`locedit sisa train` again trains"
+        raise LoceditError(f"{folder}: shard {places[0][0]} is not trained to its end; {again} what is missing")
     warn_elsewhere(record, model)
     remove_checks(folder)
     others = tuple(str(path.relative_to(folder)) for path in stale(folder, record))
@@ -63,6 +65,9 @@ def verify(folder: str | Path, *, model: Model, data: Dataset, shards: Sequence[
         made = make(fresh, record, model, data, shards=wanted)
         places = [(one.shard, one.number) for one in made]
         different = tuple(place for place in places if _bytes(fresh, record, place) != _bytes(folder, record, place))
+    for place in places:
+        if place not in different:
+            Edit.load(checkpoint_folder(folder, record, *place))  # the same bits help nobody who cannot load them
     found = Verified(shards=tuple(wanted), slices=len(places), different=different, others=others)
     write_json(
         folder / "verified.json", dataclasses.asdict(found) | {"same": found.same, "made_with": made_with(model)}
