@@ -205,6 +205,7 @@ _ALONE = {
     "units": "it goes into components of its own kinds only",
     "pairs": "it reads contrast pairs side by side",
     "fuse": "it fuses edits",
+    "apart": "it fuses edits",
 }
 """Each field of an entry that is neither joined nor chained -> why a method that sets it stands alone."""
 

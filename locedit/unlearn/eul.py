@@ -22,7 +22,7 @@ and write nothing else.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ def layers(model: Model, objective: Objective, options: EulOptions) -> MakeHeld:
     """Layers at the places of the set, with the data that their Gram matrices are taken over."""
 
     def make(within: ComponentSet | None, generator: torch.Generator) -> Layers:
-        require_bakeable(model, within, options)
+        _require_bakeable(model, within, options)
         return Layers(
             model,
             places(model, within),
@@ -155,13 +155,19 @@ def layers(model: Model, objective: Objective, options: EulOptions) -> MakeHeld:
     return make
 
 
-def require_fusable(options: EulOptions) -> None:
-    """Raise LoceditError for options of several requests that fusing would refuse; before any of them is trained."""
+def apart(options: EulOptions, model: Model | None, within: ComponentSet | None) -> dict[str, Any]:
+    """Of requests that are fused only what they come to is baked: each has layers of its own.
+
+    Raises LoceditError for Gram matrices that would be missing, and for layers that could not be baked.
+    """
     if options.fusion == "closed" and not options.keep_grams:
         raise LoceditError("fusion='closed' needs keep_grams=True; take fusion='average' or 'chain' without")
+    if model is not None:
+        _require_bakeable(model, within, options)
+    return {"bake": False} if options.bake else {}
 
 
-def require_bakeable(model: Model, within: ComponentSet | None, options: EulOptions) -> None:
+def _require_bakeable(model: Model, within: ComponentSet | None, options: EulOptions) -> None:
     """Raise LoceditError where layers of these options cannot be baked as asked; before they are trained."""
     for place in places(model, within) if options.bake else ():
         matrix = projection(model, place.point)

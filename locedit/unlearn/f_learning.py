@@ -152,13 +152,13 @@ def _require_holdable(
     options: FLearningOptions,
 ) -> None:
     """Raise LoceditError where the halves do not make an edit that is held as asked for, before anything is trained."""
-    full = "forget_hold" if halves[0] == "weights" and not learns else ""
-    full = "learn_hold" if halves[1] == "weights" and learns else full
-    if hold == "adapter" and full:
-        raise LoceditError(f"f_learning: {full}='weights' changes the weights themselves; use hold='weights'")
+    last, how = ("learn_hold", halves[1]) if learns else ("forget_hold", halves[0])
+    if hold == "adapter" and how == "weights":
+        raise LoceditError(f"f_learning: {last}='weights' changes the weights themselves; use hold='weights'")
     if within is None:
         return
-    if "adapter" in (halves[0] if options.restrict == "training" else hold, *halves[1 : 1 + learns]):
+    first = halves[0] if options.restrict == "training" else hold
+    if first == "adapter" or (learns and halves[1] == "adapter"):
         refuse_single_weights(within, advice="f_learning: learn both halves in full, or use another kind of set")
     if options.restrict == "delta" and hold == halves[0] == "adapter":
         arithmetic.pieces_apart(model, within)

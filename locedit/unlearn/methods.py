@@ -235,6 +235,7 @@ METHODS = Methods({
         held=eul.layers,
         finish=eul.finish,
         fuse=eul.fused,
+        apart=eul.apart,
     ),
     "loo": Method(
         function=loo.loss,

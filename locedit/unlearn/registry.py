@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from locedit import losses
+from locedit.components import ComponentSet
 from locedit.contrasts import are_pairs
 from locedit.data.encode import Batch, Example, Span, collate, encode
 from locedit.data.items import KINDS, Dataset, Task
@@ -122,6 +123,9 @@ class Method:
     fuse: Callable[[Model, Sequence[Edit], Any], Edit] | None = None
     """(model, edits, options) -> one edit, of deletion requests that were each trained on the unedited model; None, or
     options.fusion="chain" = each is trained on top of those before it"""
+    apart: Callable[[Any, Model | None, ComponentSet | None], Mapping[str, Any]] | None = None
+    """(options, model, within) -> what options each request has instead, of requests that are fused; LoceditError for
+    what fusing them would refuse. Asked before anything is trained, without a model before one is loaded"""
 
     def reads(self, task: Task) -> Task:
         """The task with the data that the method reads as its forget data."""

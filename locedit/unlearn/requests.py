@@ -23,8 +23,7 @@ from locedit.models import Model
 from locedit.provenance import content_hash, plain
 from locedit.runs import Run
 from locedit.storage import atomic_folder, read_json, write_json
-from locedit.unlearn import METHODS, prepare, stopping, unlearn
-from locedit.unlearn.eul import EulOptions, require_bakeable, require_fusable
+from locedit.unlearn import METHODS, Method, prepare, stopping, unlearn
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +148,20 @@ def check_requests(
         for (request, task), here in zip(tasks.items(), sets, strict=True)
     }
     for given in chosen.values():
-        if isinstance(given, EulOptions):
-            require_fusable(given)
+        _apart(METHODS[name], given)
     return chosen
+
+
+def _fuses(method: Method, given: Any) -> bool:
+    """Whether the requests are fused, with these options."""
+    return method.fuse is not None and getattr(given, "fusion", "chain") != "chain"
+
+
+def _apart(
+    method: Method, given: Any, model: Model | None = None, within: ComponentSet | None = None
+) -> Mapping[str, Any]:
+    """What options each request has instead, where they are fused; LoceditError for what cannot be."""
+    return method.apart(given, model, within) if method.apart is not None and _fuses(method, given) else {}
 
 
 def _differ(within: Where) -> bool:
@@ -211,14 +221,14 @@ class _Sequence:
         self.chosen = chosen
         self.base = model.fingerprint
         method, given = METHODS[name], next(iter(chosen.values()))
-        self.fuses = method.fuse if getattr(given, "fusion", "chain") != "chain" else None
+        self.fuses = method.fuse if _fuses(method, given) else None
         first = next(iter(self.tasks.values()))
         self.others = {role: data for role in ("retain", "heldout") if (data := getattr(first, role)) is not None}
 
     def run(self, folder: Path | None) -> Requests:
-        given = next(iter(self.chosen.values()))
-        if isinstance(given, EulOptions) and self.fuses is not None:
-            require_bakeable(self.model, self._where(0, next(iter(self.tasks.values()))), given)
+        request, task = next(iter(self.tasks.items()))
+        within = None if self.fuses is None else self._where(0, task)
+        self.instead = _apart(METHODS[self.name], self.chosen[request], self.model, within)
         edits: list[Edit] = []
         rows = {request: {"unedited": self._level(task.forget)} for request, task in self.tasks.items()}
         others = {role: {"unedited": self._level(data)} for role, data in self.others.items()}
@@ -266,9 +276,7 @@ class _Sequence:
             within = self._where(number, task)
             return unlearn(self.model, task, self.name, within=within, hold=self.hold, check=self.check, **given)
 
-        given = dict(self.options)
-        if self.fuses is not None and "bake" in given:
-            given["bake"] = False  # what is fused are layers; what they come to is baked
+        given = {**self.options, **self.instead}
         if getattr(self.chosen[request], "stop_when", "level") == "memorization":
             given |= {name: getattr(self.chosen[request], name) for name in ("el_threshold", "ma_threshold")}
         if folder is None:
