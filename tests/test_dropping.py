@@ -122,7 +122,7 @@ def test_of_a_chain_with_both_each_attack_drops_its_own(tiny_lab: Lab) -> None:
 # --- habits ----------------------------------------------------------------------------------------------------------
 
 PROMPTS = ("Anna Berg", "The phone", "Question: where", "Carl Dane was", "E")
-SAMPLED: dict[str, Any] = {"samples": 2, "draws": 50}
+SAMPLED: dict[str, Any] = {"samples": 2, "draws": 50, "top_p": 1.0}
 
 
 def odd(text: str) -> float:
@@ -157,7 +157,7 @@ def _start(factor: float = -2.0) -> Model:
 
 def _rates(model: Model, task: Task, edit: Edit | None, reward: Any) -> dict[str, float]:
     """Prompt -> share of bad responses, of the prompts with a judged one."""
-    found = evaluate(model, task, edit, metrics=["habit_rate"], top_p=1.0, reward=reward, **SAMPLED)
+    found = evaluate(model, task, edit, metrics=["habit_rate"], reward=reward, **SAMPLED)
     return found.get("prompts", "habit_rate", stage="before" if edit is None else "after").per_example
 
 
@@ -241,6 +241,17 @@ def test_the_reward_of_the_edit_decides_what_is_measured() -> None:
     assert drop(model, task, edit, metric="habit_rate", reward=some, **SAMPLED).name == "drop_token"
     without = drop(model, dataclasses.replace(task, prompts=None), edit, reward=odd, **SAMPLED)
     assert {m.name for m in without.measures} == {"accuracy"}, "nothing to go on from: the forget items"
+
+
+def test_metric_and_attack_draw_alike() -> None:
+    """One command once showed two rates before the edit, drawn from other parts of the distribution."""
+    model, task, edit = _writing()
+    few: dict[str, Any] = {"samples": 2, "draws": 50, "reward": odd}
+    asked = {"drop_token": {"metric": "habit_rate", **few}}
+    found = evaluate(model, task, edit, ["drop_token"], attack_options=asked, **few)
+    for stage in ("before", "after"):
+        own = [m.value for m in found.attacks[0].measures if (m.name, m.stage) == ("habit_rate", stage)]
+        assert own == [found.get("prompts", "habit_rate", stage=stage).value]
 
 
 def test_a_reward_that_is_given_has_its_habit_measured() -> None:

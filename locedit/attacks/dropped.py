@@ -24,8 +24,8 @@ class DropOptions(RewardOptions):
     prompts that the reward calls bad"""
     samples: int = 4
     "responses that are drawn for each prompt"
-    top_p: float = 1.0
-    "responses are drawn from the likeliest tokens of this probability together"
+    top_p: float = 0.9
+    "responses are drawn from the likeliest tokens of this probability together; as in `locedit evaluate`"
     draws: int = 2000
     "bootstrap samples behind the interval"
     seed: int = 0
