@@ -255,7 +255,7 @@ def test_what_the_data_lack_is_left_out_unless_asked_for_by_name() -> None:
         "memorization_accuracy",
     }
     with pytest.raises(
-        LoceditError, match="'exposure' needs items of kind private in forget, retain, heldout; the task has"
+        LoceditError, match="'exposure' needs items of kind private in forget or retain or heldout; the task has"
     ):
         evaluate(model, TASK, metrics=["exposure"])
     with pytest.raises(LoceditError, match="'kl_to_base' compares the edited with the unedited model: give an edit"):

@@ -7,6 +7,7 @@ from typing import Any
 from locedit.data.items import ROLES, ContrastPair, Dataset, Fact, Item, PrivateText, Task, as_task
 from locedit.edit import Edit
 from locedit.errors import LoceditError, nearest
+from locedit.evaluate.beside import beside
 from locedit.evaluate.registry import METRICS, Family, Metric
 from locedit.evaluate.values import EvaluateOptions, Label, View, direction_on, measures
 from locedit.models import Model
@@ -98,7 +99,9 @@ def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]
     for name, metric in wanted.items():
         for role in metric.roles:
             dataset = getattr(task, role)
-            if dataset is None or not _measures(metric, dataset, name) or (metric.compares and not edited):
+            if dataset is None or not _measures(metric, dataset) or (metric.compares and not edited):
+                continue
+            if _lacking(metric, task, options):
                 continue
             old = parts.get((role, metric.function))
             names = (*(old.names if old else ()), name)
@@ -113,31 +116,49 @@ def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]
             done.add(name)
     for name in options.metrics or ():
         if name not in done:
-            raise LoceditError(_why_not(name, METRICS[name], task, edited=edited))
+            raise LoceditError(_why_not(name, METRICS[name], task, options, edited=edited))
     return sorted(parts.values(), key=lambda part: MEASURED.index(part.role))
 
 
-def _measures(metric: Metric, dataset: Dataset, name: str) -> bool:
+def _measures(metric: Metric, dataset: Dataset) -> bool:
     """Whether the data hold what the metric needs."""
     if dataset.kind not in metric.kinds:
         return False
-    field = {"paraphrase": "paraphrases", "neighbour": "neighbours"}.get(name.split("_")[0])
-    return field is None or any(getattr(item, field) for item in dataset)
+    return not metric.field or any(getattr(item, metric.field) for item in dataset)
 
 
-def _why_not(name: str, metric: Metric, task: Task, *, edited: bool) -> str:
+def _lacking(metric: Metric, task: Task, options: EvaluateOptions) -> str:
+    """What the metric compares with and cannot find, in words; empty where it has everything."""
+    for role in metric.needs:
+        other = getattr(task, role)
+        if other is None or other.kind not in metric.kinds:
+            return f"{role} items of kind {' or '.join(metric.kinds)}"
+    if metric.retain_model and options.retain_model is None:
+        return "a model trained without the forget data: --retain-model FOLDER"
+    return ""
+
+
+def _why_not(name: str, metric: Metric, task: Task, options: EvaluateOptions, *, edited: bool) -> str:
     if metric.compares and not edited:
         return f"metric {name!r} compares the edited with the unedited model: give an edit"
+    roles = [role for role in metric.roles if (data := getattr(task, role)) is not None and _measures(metric, data)]
+    if roles and (lacking := _lacking(metric, task, options)):
+        return f"metric {name!r} needs {lacking}"
     there = ", ".join(f"{role}: {data.kind}" for role in ROLES if (data := getattr(task, role)) is not None)
-    needed = f"items of kind {' or '.join(metric.kinds)} in {', '.join(metric.roles)}"
-    return f"metric {name!r} needs {needed}; the task has {there}"
+    needed = f"items of kind {' or '.join(metric.kinds)} in {' or '.join(metric.roles)}"
+    having = f" with {metric.field!r}" if metric.field else ""
+    return f"metric {name!r} needs {needed}{having}; the task has {there}"
 
 
 def _measured(
     model: Model, task: Task, edit: Edit | None, plan: Sequence[Part], options: EvaluateOptions
 ) -> Iterator[Measure]:
+    retain_model = _retain_model(model, plan, options)
+
     def view(model: Model, part: Part, edit: Edit | None = None) -> View:
-        return View(model=model, dataset=part.dataset, task=task, options=options, edit=edit)
+        return View(
+            model=model, dataset=part.dataset, task=task, options=options, edit=edit, retain_model=retain_model
+        )
 
     alone = [part for part in plan if not part.compares]
     for part in track(alone, "evaluate before"):
@@ -150,6 +171,13 @@ def _measured(
     for part in plan:
         if part.compares or part.writes:
             yield from _of_part(view(model, part, edit), part, "after")
+
+
+def _retain_model(model: Model, plan: Sequence[Part], options: EvaluateOptions) -> Model | None:
+    """The model trained without the forget data, beside the other; it must read the same tokens."""
+    if options.retain_model is None or not any(METRICS[name].retain_model for part in plan for name in part.names):
+        return None
+    return beside(model, options.retain_model, option="retain_model")
 
 
 def _of_part(view: View, part: Part, stage: Stage) -> Iterator[Measure]:

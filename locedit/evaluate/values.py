@@ -1,6 +1,6 @@
 """Per-example values of a metric, and the measures (with groups and intervals) that are made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locedit.data.items import Dataset, Task
 from locedit.edit import Edit
-from locedit.evaluate.intervals import estimate_mean
+from locedit.evaluate.intervals import Estimate, estimate_mean
 from locedit.models import Model
 from locedit.results import Direction, Measure, Stage
 from locedit.rewards import RewardOptions
@@ -19,6 +19,8 @@ from locedit.rewards import RewardOptions
 class EvaluateOptions(RewardOptions):
     """What evaluate() lets you choose."""
 
+    retain_model: str | None = None
+    "a model trained without the forget data, for metrics that compare with one: a folder or a hub id"
     metrics: tuple[str, ...] | None = None
     "names in METRICS; None = all that the data allow"
     batch_size: int = 64
@@ -59,6 +61,8 @@ class View:
     options: EvaluateOptions
     edit: Edit | None = None
     "only for metrics that compare: `model` is then the unedited one"
+    retain_model: Model | None = None
+    "the model trained without the forget data, where the option names one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,8 @@ class Values:
     note: str = ""
     notes: dict[str, str] = field(default_factory=dict[str, str])
     "id -> how its value was obtained; counted in the measure's note"
+    estimate: Callable[[Sequence[str]], Estimate] | None = None
+    "the number and interval of the examples with these ids, for a metric that is no mean over them; None = the mean"
 
     def group_names(self) -> list[str]:
         """All groups, in order of first appearance; none where everything is in one and the same."""
@@ -114,19 +120,7 @@ def measures(values: Values, label: Label, options: EvaluateOptions) -> list[Mea
 
 
 def _measure(values: Values, ids: list[str], label: Label, options: EvaluateOptions, *, group: str | None) -> Measure:
-    numbers = torch.tensor([values.per_example[key] for key in ids], dtype=torch.float64)
-    given = values.weights
-    weights = None if given is None else torch.tensor([given[key] for key in ids], dtype=torch.float64)
-    inside, outside = _TRANSFORMS[values.combine]
-    estimate = estimate_mean(
-        inside(numbers),
-        owners=[values.owners[key] for key in ids],
-        weights=weights,
-        transform=outside,
-        bounds=label.range if values.combine == "mean" else (None, None),
-        draws=options.draws,
-        seed=options.seed,
-    )
+    estimate = values.estimate(ids) if values.estimate else _mean(values, ids, label, options)
     return Measure(
         name=label.name,
         dataset=label.dataset,
@@ -141,6 +135,23 @@ def _measure(values: Values, ids: list[str], label: Label, options: EvaluateOpti
         range=label.range,
         note=_note(values, ids),
         per_example={key: values.per_example[key] for key in ids} if group is None else {},
+    )
+
+
+def _mean(values: Values, ids: list[str], label: Label, options: EvaluateOptions) -> Estimate:
+    """The weighted mean over the examples, with its bootstrap interval."""
+    numbers = torch.tensor([values.per_example[key] for key in ids], dtype=torch.float64)
+    given = values.weights
+    weights = None if given is None else torch.tensor([given[key] for key in ids], dtype=torch.float64)
+    inside, outside = _TRANSFORMS[values.combine]
+    return estimate_mean(
+        inside(numbers),
+        owners=[values.owners[key] for key in ids],
+        weights=weights,
+        transform=outside,
+        bounds=label.range if values.combine == "mean" else (None, None),
+        draws=options.draws,
+        seed=options.seed,
     )
 
 
