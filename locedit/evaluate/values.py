@@ -48,6 +48,22 @@ class EvaluateOptions(RewardOptions):
     "responses are drawn from the likeliest tokens of this probability together"
     reward_below: float | None = None
     "a response counts as bad below this reward; None = 1 for bad_words, so that one word is enough, 0.5 for others"
+    label_template: str = "{text}\nlabel:"
+    "how a labelled text is asked about, by metrics of classification; {text} stands for the text"
+    label_words: tuple[str, ...] | None = None
+    "label=word: what the model says for a label; the label itself where it is not named"
+    positive: str | None = None
+    "the label whose rates are compared between groups; needed where there are more than two"
+    membership_text: Literal["answer", "all"] = "answer"
+    "what of a fact is scored for membership: the answer given its prompt, or both; of texts it is always all"
+    min_k_share: float = 0.2
+    "share of a text's tokens, the least likely ones, that min_k, min_k_plus_plus and privleak look at"
+    gradient_norm: Literal["global", "tensor_mean"] = "global"
+    "of mia_gradient_norm: over all parameters together, or the mean over parameter tensors as in OpenUnlearning"
+    recall_shots: int = 5
+    "held-out items that mia_recall puts before a text"
+    membership_reference: str | None = None
+    "the model beside which mia_reference measures: a folder or a hub id; None = the task's start"
 
 
 @dataclass(frozen=True, kw_only=True)
