@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from locedit.evaluate.values import Values, View
+from locedit.data.items import Task
+from locedit.evaluate.values import EvaluateOptions, Values, View
 from locedit.results import Direction
 
 Family = Callable[[View, Sequence[str]], dict[str, Values]]
@@ -40,8 +41,12 @@ class Metric:
     "a field of the items, such as wrong, that at least one item must have"
     needs: tuple[str, ...] = ()
     "further parts of the task, such as heldout, that it compares with"
+    lacks: Callable[[Task, EvaluateOptions], str] | None = None
+    "what else it lacks for a task, in words; empty = nothing"
     retain_model: bool = False
     "compares with a model trained without the forget data, which the option retain_model names"
+    uses_retain_model: bool = False
+    "compares with that model where the option names one, and does without it where not"
     chance: str = ""
     "what a model that never saw the item gets"
     failure: str = ""

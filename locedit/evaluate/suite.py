@@ -66,9 +66,11 @@ def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
     changed = {"metrics": tuple(given["metrics"])} if given.get("metrics") is not None else {}
     chosen = fill(EvaluateOptions, {**given, **changed}, method="evaluate")
     counts = ("batch_size", "draws", "exposure_samples", "exposure_limit", "extraction_n", "extraction_length")
-    for name in (*counts, "s_el_n", "samples", "sample_tokens"):
+    for name in (*counts, "s_el_n", "samples", "sample_tokens", "recall_shots"):
         if getattr(chosen, name) < 1:
             raise LoceditError(f"evaluate: {name}={getattr(chosen, name)!r} is not a positive number")
+    if not 0 < chosen.min_k_share <= 1:
+        raise LoceditError(f"evaluate: min_k_share={chosen.min_k_share!r} is not a share above 0 and at most 1")
     Sampling(max_new_tokens=chosen.sample_tokens, top_p=chosen.top_p)
     check_reward(chosen)
     return chosen
@@ -133,9 +135,11 @@ def _lacking(metric: Metric, task: Task, options: EvaluateOptions) -> str:
         other = getattr(task, role)
         if other is None or other.kind not in metric.kinds:
             return f"{role} items of kind {' or '.join(metric.kinds)}"
+        if role == "heldout" and other.kind != task.forget.kind:
+            return f"{role} items of the kind of the forget items, {task.forget.kind}; they are {other.kind}"
     if metric.retain_model and options.retain_model is None:
         return "a model trained without the forget data: --retain-model FOLDER"
-    return ""
+    return metric.lacks(task, options) if metric.lacks else ""
 
 
 def _why_not(name: str, metric: Metric, task: Task, options: EvaluateOptions, *, edited: bool) -> str:
@@ -156,9 +160,7 @@ def _measured(
     retain_model = _retain_model(model, plan, options)
 
     def view(model: Model, part: Part, edit: Edit | None = None) -> View:
-        return View(
-            model=model, dataset=part.dataset, task=task, options=options, edit=edit, retain_model=retain_model
-        )
+        return View(model=model, dataset=part.dataset, task=task, options=options, edit=edit, retain_model=retain_model)
 
     alone = [part for part in plan if not part.compares]
     for part in track(alone, "evaluate before"):
@@ -175,7 +177,8 @@ def _measured(
 
 def _retain_model(model: Model, plan: Sequence[Part], options: EvaluateOptions) -> Model | None:
     """The model trained without the forget data, beside the other; it must read the same tokens."""
-    if options.retain_model is None or not any(METRICS[name].retain_model for part in plan for name in part.names):
+    asked = [METRICS[name] for part in plan for name in part.names]
+    if options.retain_model is None or not any(m.retain_model or m.uses_retain_model for m in asked):
         return None
     return beside(model, options.retain_model, option="retain_model")
 
