@@ -4,14 +4,29 @@ import dataclasses
 from collections.abc import Sequence
 
 from locedit.data.encode import Example, encode
-from locedit.data.items import Fact
+from locedit.data.items import Dataset, Fact, Item, PlainText, PrivateText
 from locedit.evaluate.scoring import TokenScores, token_scores
 from locedit.evaluate.values import Values, View
 
 
 def span_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
-    """probability, accuracy, rank, reciprocal_rank and memorization_accuracy of the spans of every example."""
-    examples = encode(view.model, view.dataset)
+    """Metrics of the spans of every example; extraction_strength of a private text is of all of its tokens."""
+    if view.dataset.kind != "private" or "extraction_strength" not in names:
+        return _of_spans(view, view.dataset, names)
+    of_spans = [name for name in names if name != "extraction_strength"]
+    whole = view.dataset.replace([_as_plain(item) for item in view.dataset])
+    found = _of_spans(view, whole, ["extraction_strength"])
+    return {**found, **(_of_spans(view, view.dataset, of_spans) if of_spans else {})}
+
+
+def _as_plain(item: Item) -> Item:
+    """A private text as a text of which every token is scored."""
+    assert isinstance(item, PrivateText)
+    return PlainText(text=item.text, id=item.id, owner=item.owner, group=item.group, format=item.format)
+
+
+def _of_spans(view: View, data: Dataset, names: Sequence[str]) -> dict[str, Values]:
+    examples = encode(view.model, data)
     scores = token_scores(view.model, examples, batch_size=view.options.batch_size)
     owners, groups = owners_of(examples), groups_of(examples)
     return {
@@ -44,12 +59,20 @@ def _memorization_accuracy(scores: TokenScores) -> float:
     return float(scores.hits.mean())
 
 
+def extraction_strength(scores: TokenScores) -> float:
+    """1 - k / T: the last T - k tokens all are the most likely ones after the true text before them; 0 = none is."""
+    wrong = (scores.hits == 0).nonzero()
+    return 1 - (int(wrong[-1]) + 1) / len(scores.hits) if len(wrong) else 1.0
+
+
 SPAN_VALUES = {
     "probability": _probability,
     "accuracy": _accuracy,
     "rank": _rank,
     "reciprocal_rank": _reciprocal_rank,
     "memorization_accuracy": _memorization_accuracy,
+    "exact_memorization": _memorization_accuracy,
+    "extraction_strength": extraction_strength,
 }
 
 

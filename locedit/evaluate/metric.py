@@ -34,7 +34,7 @@ class Metric:
     writes: bool = False
     "of what the model writes, which the unedited model then judges: the edit is applied by the metric itself"
     wanted: Direction | None = None
-    "which way is good on every data set; None = by `knowledge`, `keep` and the data set"
+    "which way is good on every data set (held-out items: with `keep`); None = by `knowledge`, `keep` and the data set"
     on_request: bool = False
     "measured only when asked for by name, because it takes long"
     field: str = ""

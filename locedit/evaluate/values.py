@@ -64,6 +64,18 @@ class EvaluateOptions(RewardOptions):
     "held-out items that mia_recall puts before a text"
     membership_reference: str | None = None
     "the model beside which mia_reference measures: a folder or a hub id; None = the task's start"
+    choice_orders: int | None = None
+    "orders in which a multiple choice shows its options; None = as many as options, each once behind each letter"
+    choice_template: str = "{prompt}{options}\nAnswer:"
+    "a multiple choice by letters; {prompt} or {subject} and {options} stand for those of the fact"
+    choice_option: str = "\n{letter}. {option}"
+    "one option of a multiple choice by letters, with what stands before it"
+    cloze_length: Literal["tokens", "characters", "none"] = "tokens"
+    "what the log-probability of an option is divided by in cloze_accuracy and cloze_probability"
+    rouge_tokens: int | None = None
+    "tokens that are written for ROUGE, at most; None = as many as the answer has (TOFU: 200)"
+    utility_sets: tuple[str, ...] = ()
+    "further files of facts with wrong answers for model_utility, such as TOFU's real authors and world facts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +199,14 @@ def _note(values: Values, ids: list[str]) -> str:
     return "; ".join(text for text in (values.note, counted) if text)
 
 
-def direction_on(dataset: str, *, knowledge: Literal[-1, 1], keep: bool) -> Direction:
-    """Which way is good: knowledge of the forget set should fall, of the rest stay; of held-out data neither."""
+def direction_on(dataset: str, *, knowledge: Literal[-1, 1], keep: bool, wanted: Direction | None = None) -> Direction:
+    """Which way is good: knowledge of the forget set should fall, of the rest stay; of held-out data neither.
+
+    `wanted` is good on every other data set, whatever it says of knowledge.
+    """
     if dataset == "heldout" and not keep:
         return "neutral"
-    wanted = knowledge if keep or dataset != "forget" else -knowledge
-    return "higher" if wanted > 0 else "lower"
+    if wanted is not None:
+        return wanted
+    sign = knowledge if keep or dataset != "forget" else -knowledge
+    return "higher" if sign > 0 else "lower"
