@@ -70,6 +70,8 @@ class Curve:
     seed: int | None = None
     matched: int | None = None
     "index of the first dose that reaches the matched forget level; None = not reached (or not asked)"
+    track: str = ""
+    "which of several courses of one role it is, such as the position that a probe reads; empty = there is one"
     note: str = ""
 
 

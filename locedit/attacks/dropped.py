@@ -5,7 +5,6 @@ from typing import Literal
 
 from locedit.edit.edit import Addition
 from locedit.errors import LoceditError
-from locedit.evaluate.intervals import Estimate
 from locedit.rewards import RewardOptions
 
 WORDS: dict[Addition, tuple[str, str]] = {
@@ -35,12 +34,3 @@ class DropOptions(RewardOptions):
         for name in ("draws", "samples"):
             if getattr(self, name) < 1:
                 raise LoceditError(f"{name}={getattr(self, name)!r} must be at least 1")
-
-
-def verdict(share: Estimate) -> str:
-    """In words, for the middle of a sentence."""
-    if share.value != share.value:
-        return "no share can be given (hardly more was known before than is guessed)"
-    if share.value >= 0.7:
-        return f"it comes back ({share.value:.0%})"
-    return f"it comes back in part ({share.value:.0%})" if share.value >= 0.3 else f"{max(share.value, 0):.0%} is back"

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locedit.attacks.dropped import WORDS, DropOptions, verdict
+from locedit.attacks.dropped import WORDS, DropOptions
 from locedit.attacks.measures import share_measure
+from locedit.attacks.outcome import verdict
 from locedit.attacks.recovery import share_back
 from locedit.data.items import Task
 from locedit.edit import Edit

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from locedit.attacks.dropped import WORDS, DropOptions, verdict
+from locedit.attacks.dropped import WORDS, DropOptions
 from locedit.attacks.measures import level_measure, metric_of, share_measure, values_of
 from locedit.attacks.options import Metric
+from locedit.attacks.outcome import verdict
 from locedit.attacks.recovery import share_back
 from locedit.attacks.splits import keys
 from locedit.data.encode import encode

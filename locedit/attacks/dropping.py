@@ -11,6 +11,7 @@ from typing import Any
 from locedit.attacks.dropped import WORDS, DropOptions
 from locedit.attacks.dropped_habits import Habit
 from locedit.attacks.dropped_items import Items
+from locedit.attacks.shared import Shared
 from locedit.data.items import Task
 from locedit.edit import Edit
 from locedit.edit.edit import Addition
@@ -23,14 +24,26 @@ from locedit.rewards import RewardOptions, settings_of
 
 
 def drop_token(
-    model: Model, task: Task, edit: Edit, *, others: Mapping[str, Edit] | None = None, **options: Any
+    model: Model,
+    task: Task,
+    edit: Edit,
+    *,
+    others: Mapping[str, Edit] | None = None,
+    shared: Shared | None = None,  # noqa: ARG001
+    **options: Any,
 ) -> AttackResult:
     """The edited weights without the control token."""
     return _dropped("token", model, task, edit, others or {}, fill(DropOptions, options, method="drop_token"))
 
 
 def drop_layer(
-    model: Model, task: Task, edit: Edit, *, others: Mapping[str, Edit] | None = None, **options: Any
+    model: Model,
+    task: Task,
+    edit: Edit,
+    *,
+    others: Mapping[str, Edit] | None = None,
+    shared: Shared | None = None,  # noqa: ARG001
+    **options: Any,
 ) -> AttackResult:
     """The model without the added layers: as it was, unless the edit changes weights too."""
     return _dropped("layer", model, task, edit, others or {}, fill(DropOptions, options, method="drop_layer"))

@@ -9,7 +9,30 @@ Metric = Literal["accuracy", "probability", "memorization_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelearnOptions:
+class ControlOptions:
+    """What attacks have in common: their controls and their intervals."""
+
+    controls: bool = True
+    "attack items that the model never knew, and an edit made to come back, for comparison"
+    shallow: bool = True
+    "whether the edit made to come back is among the controls; it costs its training and as many runs as the edit"
+    shallow_steps: int = 200
+    "training steps of that edit at most"
+    shallow_learning_rate: float = 1e-3
+    draws: int = 2000
+    "bootstrap samples behind the interval"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("shallow_steps", "draws"):
+            if getattr(self, name) < 1:
+                raise LoceditError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if self.shallow_learning_rate <= 0:
+            raise LoceditError(f"shallow_learning_rate={self.shallow_learning_rate!r} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelearnOptions(ControlOptions):
     """How hard the attacker tries."""
 
     splits: int = 2
@@ -33,19 +56,10 @@ class RelearnOptions:
     lora_rank: int = 16
     metric: Literal["auto", "accuracy", "probability", "memorization_accuracy"] = "auto"
     "auto: accuracy for facts, memorization_accuracy for private texts"
-    controls: bool = True
-    "relearn never-known items, and attack a shallow edit, for comparison"
-    shallow: bool = True
-    "whether the shallow edit is among the controls; it costs its training and as many runs as there are splits"
-    shallow_steps: int = 200
-    "training steps of the shallow edit at most"
-    shallow_learning_rate: float = 1e-3
-    draws: int = 2000
-    "bootstrap samples behind the interval"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "look_every", "batch_size", "lora_rank", "draws", "shallow_steps"):
+        super().__post_init__()
+        for name in ("steps", "look_every", "batch_size", "lora_rank"):
             if getattr(self, name) < 1:
                 raise LoceditError(f"relearn: {name}={getattr(self, name)!r} must be at least 1")
         if self.splits < 2 or self.splits % 2:

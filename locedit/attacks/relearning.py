@@ -11,6 +11,7 @@ from typing import Any
 from locedit.attacks.findings import finding
 from locedit.attacks.options import RelearnOptions
 from locedit.attacks.runs import Relearning
+from locedit.attacks.shared import Shared
 from locedit.data.items import Task
 from locedit.edit import Edit
 from locedit.models import Model
@@ -20,7 +21,13 @@ from locedit.results import AttackResult
 
 
 def relearn(
-    model: Model, task: Task, edit: Edit, *, others: Mapping[str, Edit] | None = None, **options: Any
+    model: Model,
+    task: Task,
+    edit: Edit,
+    *,
+    others: Mapping[str, Edit] | None = None,
+    shared: Shared | None = None,
+    **options: Any,
 ) -> AttackResult:
     """Attack the edited model, and in the same way its controls; the model is afterwards as before, bit for bit.
 
@@ -31,5 +38,5 @@ def relearn(
     """
     chosen = fill(RelearnOptions, options, method="relearn")
     with measure("relearn", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
-        found = Relearning(model, task, edit, others or {}, chosen).findings()
+        found = Relearning(model, task, edit, others or {}, chosen, shared=shared or Shared()).findings()
     return dataclasses.replace(finding(found), provenance=record.provenance)

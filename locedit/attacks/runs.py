@@ -10,10 +10,11 @@ from locedit.attacks.finetuning import Diet, How, fine_tune, free_bytes, full_ne
 from locedit.attacks.measures import metric_of, values_of
 from locedit.attacks.options import Metric, RelearnOptions
 from locedit.attacks.recovery import Dose, Run, doses_by_mirror
-from locedit.attacks.shallow import suppression
-from locedit.attacks.splits import Halves, keys, mirrored_halves
+from locedit.attacks.shallow import suppressed
+from locedit.attacks.shared import Shared
+from locedit.attacks.splits import Halves, as_many, keys, mirrored_halves
 from locedit.data.encode import Example, encode
-from locedit.data.items import Item, Task
+from locedit.data.items import Task
 from locedit.edit import Edit
 from locedit.edit.levels import levels
 from locedit.models import Model
@@ -25,8 +26,16 @@ class Relearning:
     """The data of one attack, encoded and split, and the runs on it."""
 
     def __init__(
-        self, model: Model, task: Task, edit: Edit, others: Mapping[str, Edit], options: RelearnOptions
+        self,
+        model: Model,
+        task: Task,
+        edit: Edit,
+        others: Mapping[str, Edit],
+        options: RelearnOptions,
+        *,
+        shared: Shared,
     ) -> None:
+        self.shared = shared
         self.model, self.task, self.edit, self.others, self.options = model, task, edit, others, options
         asked = None if options.metric == "auto" else options.metric
         self.metric: Metric = metric_of(task.forget, asked, by="relearn")
@@ -104,7 +113,7 @@ class Relearning:
         heldout = self.task.heldout
         if heldout is None or heldout.kind != self.task.forget.kind:
             return None, "no held-out items of the same form: what was never known counts as 0"
-        items = _as_many(list(heldout), owners=len(set(keys(self.forget))), seed=self.options.seed)
+        items = as_many(list(heldout), owners=len(set(keys(self.forget))), seed=self.options.seed)
         halves = mirrored_halves(items, splits=self.options.splits, seed=self.options.seed, what="relearn: heldout")
         examples = encode(self.model, heldout.replace(items))
         runs = [self._run(edited, examples, half, at, doses[at].learning_rate) for at, half in enumerate(halves)]
@@ -115,14 +124,8 @@ class Relearning:
         if not (self.options.controls and self.options.shallow):
             return None, ""
         retain = encode(self.model, self.task.retain) if self.task.retain is not None else []
-        edit, words, reached = suppression(
-            self.model,
-            self.examples,
-            retain,
-            level=level,
-            steps=self.options.shallow_steps,
-            learning_rate=self.options.shallow_learning_rate,
-            seed=self.options.seed,
+        edit, words, reached = suppressed(
+            self.shared, self.model, self.examples, retain, level=level, options=self.options
         )
         arm = self._of_edit("shallow", words, edit, doses)
         missed = f"the shallow control ({words}) did not reach the forget level of the edit"
@@ -200,12 +203,3 @@ def _how(model: Model, options: RelearnOptions) -> tuple[How, str]:
         sizes = f"training every weight needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         return "lora", f"{sizes}: LoRA factors are trained"
     return "full", ""
-
-
-def _as_many(items: Sequence[Item], *, owners: int, seed: int) -> list[Item]:
-    """The items of at most so many owners, drawn at random."""
-    named = keys(items)
-    names = sorted(set(named))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()[:owners]
-    taken = {names[at] for at in order}
-    return [item for item, name in zip(items, named, strict=True) if name in taken]

@@ -1,9 +1,13 @@
 """The positive control of relearning: an edit that only suppresses the answer in the last MLPs and must come back."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from locedit.attacks.options import ControlOptions
+from locedit.attacks.shared import Shared
 from locedit.data.encode import Example
 from locedit.edit import Edit
 from locedit.edit.objective import Objective, Step
@@ -53,6 +57,37 @@ def suppression(
         edit = _in_last(model, count, objective, options)
     where = "the last MLP" if count == 1 else f"the last {count} MLPs"
     return edit, f"suppression in {where}", bool(edit.outcome["reached"])
+
+
+def suppressed(
+    shared: Shared,
+    model: Model,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    *,
+    level: float,
+    options: ControlOptions,
+) -> tuple[Edit, str, bool]:
+    """`suppression` as the attacks of one evaluation share it."""
+    key = (
+        "suppression",
+        max(level, LOWEST),
+        (options.shallow_steps, options.shallow_learning_rate, options.seed),
+        tuple(forget),
+        tuple(retain),
+    )
+    return shared.get(
+        key,
+        lambda: suppression(
+            model,
+            list(forget),
+            list(retain),
+            level=level,
+            steps=options.shallow_steps,
+            learning_rate=options.shallow_learning_rate,
+            seed=options.seed,
+        ),
+    )
 
 
 def _in_last(model: Model, count: int, objective: Objective, options: TrainOptions) -> Edit:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+import torch
+
 from locedit.data.items import Fact, Item, PrivateText
 from locedit.errors import LoceditError
 
@@ -87,3 +89,12 @@ def stratum(item: Item) -> Hashable:
     if isinstance(item, PrivateText):
         return item.group, tuple(sorted(label for _, _, label in item.spans))
     return item.group
+
+
+def as_many(items: Sequence[Item], *, owners: int, seed: int) -> list[Item]:
+    """The items of at most so many owners, drawn at random."""
+    named = keys(items)
+    names = sorted(set(named))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()[:owners]
+    taken = {names[at] for at in order}
+    return [item for item, name in zip(items, named, strict=True) if name in taken]

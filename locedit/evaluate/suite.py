@@ -8,6 +8,8 @@ from locedit.data.items import ROLES, ContrastPair, Dataset, Fact, Item, Private
 from locedit.edit import Edit
 from locedit.errors import LoceditError, nearest
 from locedit.evaluate.beside import beside
+from locedit.evaluate.choices import check_choices
+from locedit.evaluate.model_utility import utility_sets
 from locedit.evaluate.registry import METRICS, Family, Metric
 from locedit.evaluate.values import EvaluateOptions, Label, View, direction_on, measures
 from locedit.models import Model
@@ -37,19 +39,15 @@ def evaluate(
     same size, named "random 1" and so on) that are attacked in the same way. `options` are those of EvaluateOptions. A
     metric whose data the task lacks is left out, unless it was asked for by name.
     """
-    from locedit.attacks import ATTACKS, check_attacks
+    from locedit.attacks import check_attacks
 
     task = as_task(task)
     chosen = evaluate_options(options)
     plan = plan_of(task, chosen, edited=edit is not None)
-    check_attacks(attacks, edit=edit, options=attack_options or {})
+    check_attacks(attacks, edit=edit, options=attack_options or {}, task=task)
     with measure("evaluate", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
         found = list(_measured(model, task, edit, plan, chosen))
-    results: list[AttackResult] = []
-    for name in attacks:
-        assert edit is not None, "check_attacks asks for an edit"
-        settings = {"seed": chosen.seed, **(attack_options or {}).get(name, {})}
-        results.append(ATTACKS[name].function(model, task, edit, others=others or {}, **settings))
+    results = attacked(model, task, edit, attacks, options=attack_options or {}, others=others or {}, seed=chosen.seed)
     return Evaluation(
         measures=tuple(found),
         attacks=tuple(results),
@@ -57,6 +55,29 @@ def evaluate(
         examples=_examples(task, [role for role in MEASURED if role != "prompts" or _asked(role, plan)]),
         provenance=record.provenance,
     )
+
+
+def attacked(
+    model: Model,
+    task: Task,
+    edit: Edit | None,
+    names: Sequence[str],
+    *,
+    options: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Edit],
+    seed: int,
+) -> list[AttackResult]:
+    """The results of attacks, which share what they have in common."""
+    from locedit.attacks import ATTACKS
+    from locedit.attacks.shared import Shared
+
+    shared = Shared()
+    found: list[AttackResult] = []
+    for name in names:
+        assert edit is not None, "check_attacks asks for an edit"
+        settings = {"seed": seed, **options.get(name, {})}
+        found.append(ATTACKS[name].function(model, task, edit, others=others, shared=shared, **settings))
+    return found
 
 
 def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
@@ -69,6 +90,11 @@ def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
     for name in (*counts, "s_el_n", "samples", "sample_tokens", "recall_shots"):
         if getattr(chosen, name) < 1:
             raise LoceditError(f"evaluate: {name}={getattr(chosen, name)!r} is not a positive number")
+    for name in ("choice_orders", "rouge_tokens"):
+        if (count := getattr(chosen, name)) is not None and count < 1:
+            raise LoceditError(f"evaluate: {name}={count!r} is neither None nor a positive number")
+    check_choices(chosen)
+    utility_sets(chosen)
     if not 0 < chosen.min_k_share <= 1:
         raise LoceditError(f"evaluate: min_k_share={chosen.min_k_share!r} is not a share above 0 and at most 1")
     Sampling(max_new_tokens=chosen.sample_tokens, top_p=chosen.top_p)
@@ -191,7 +217,7 @@ def _of_part(view: View, part: Part, stage: Stage) -> Iterator[Measure]:
             name=name,
             dataset=part.role,
             stage=stage,
-            direction=metric.wanted or direction_on(part.role, knowledge=metric.knowledge, keep=metric.keep),
+            direction=direction_on(part.role, knowledge=metric.knowledge, keep=metric.keep, wanted=metric.wanted),
             unit=metric.unit,
             range=metric.range,
         )

@@ -1,0 +1,270 @@
+"""An attack that is read item by item, and the arms on which it is run: the edit, its controls, other edits.
+
+Such an attack asks an edited model again, in another way: with other prompts, at its activations, with other weights.
+It gives the metric of every item at one or more doses (number of examples shown, layer, radius, steps). The dose that
+counts on one half of the items is the one at which most came back on the other half, above items never known, with the
+retain side kept; so no item takes part in choosing the dose at which it is counted.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from locedit.attacks.aim import NOTHING, Aim, ItemOptions, Side, Target
+from locedit.attacks.recovery import mean_by_item
+from locedit.attacks.runs import role_of
+from locedit.attacks.splits import Halves
+from locedit.data.items import Dataset, Item
+from locedit.edit import Edit
+from locedit.models import Model
+from locedit.progress import report
+from locedit.results import Role
+
+Options = TypeVar("Options", bound=ItemOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dose:
+    """How far an attack goes, or where it looks."""
+
+    x: float
+    "number of examples, layer, radius, steps"
+    track: str = ""
+    "doses of different tracks are drawn as curves of their own, such as the positions that probes read"
+
+    def __str__(self) -> str:
+        return f"{self.x:g}" + (f" ({self.track})" if self.track else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """An edit made to come back under an attack: where it does not, the attack proves nothing."""
+
+    edit: Edit
+    words: str
+    'what it is, such as "suppression in the last MLP"'
+    note: str = ""
+    "what a reader should know of it"
+
+
+Values = dict[str, Float[Tensor, "dose item"]]
+"Data set -> metric of every measured item at every dose; float64."
+
+
+class ItemAttack(ABC, Generic[Options]):
+    """One attack. Subclasses say what it does to a model; the rest is the same for all."""
+
+    name: ClassVar[str]
+    lead: ClassVar[str]
+    'how the finding begins, such as "With solved examples before the question"'
+    x_name: ClassVar[str]
+    start: ClassVar[float] = 0.0
+    "x without the attack"
+    learns: ClassVar[bool] = False
+    "whether it learns from items; then from those of the half that is not measured"
+    reads_itself: ClassVar[bool] = False
+    "whether its number exists only under the attack (a probe): what was known before is then read off the same way"
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.notes: list[str] = []
+        "what a reader must know, found out while it ran"
+
+    def narrow(self, model: Model, data: Dataset) -> list[Item]:  # noqa: ARG002
+        """The items of a data set that it can be read of."""
+        return list(data)
+
+    @abstractmethod
+    def doses(self, aim: Aim) -> tuple[Dose, ...]:
+        """What is tried, mildest first."""
+
+    @abstractmethod
+    def attack(self, target: Target, learned: Side, measured: Mapping[str, Side], aim: Aim) -> Values:
+        """The metric of the measured items under attack; `learned` are the items it may learn from."""
+
+    def control(self, aim: Aim, *, level: float) -> Control | None:  # noqa: ARG002
+        """An edit that must come back under it; None = there is none. `level`: what the edit leaves of the answers."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arm:
+    """One edit (or control) under attack: for every split the values of the measured half."""
+
+    role: Role
+    name: str
+    splits: tuple[Values, ...]
+    halves: tuple[Halves, ...]
+    side: Side
+    data: str = "forget"
+    "the data set whose items are measured: heldout for the control that never knew"
+
+    def at(self, split: int) -> Float[Tensor, "dose item"]:
+        return self.splits[split][self.data]
+
+    def back(self, doses: Mapping[int, int]) -> Float[Tensor, " item"]:
+        """Metric of each item at the dose that counts, averaged over the splits that measured it."""
+        parts = [(half.measured, self.at(split)[doses[split]]) for split, half in enumerate(self.halves)]
+        return mean_by_item(parts, count=len(self.side))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Struck:
+    """Everything that the runs of one attack gave."""
+
+    aim: Aim
+    arms: tuple[Arm, ...]
+    "the attacked edit first"
+    doses: tuple[Dose, ...]
+    chosen: Mapping[int, int]
+    "split -> index of the dose that counts"
+    within_floor: bool
+    "False: at every dose the retain side fell below the floor"
+    before: Float[Tensor, " item"]
+    "of the forget items before the edit; of an attack that reads itself, under attack"
+    after: Float[Tensor, " item"]
+    "of the forget items after the edit, without the attack"
+    kept_after: Float[Tensor, " kept"]
+    kept_attacked: Float[Tensor, " kept"]
+    notes: tuple[str, ...] = field(default=())
+
+    def arm(self, role: Role) -> Arm | None:
+        return next((arm for arm in self.arms if arm.role == role), None)
+
+
+def strike(attack: ItemAttack[Options], aim: Aim, edit: Edit, others: Mapping[str, Edit]) -> Struck:
+    """Run an attack on the edited model and its controls; the model is afterwards as before."""
+    runner = _Runner(attack, aim, arms=1 + len(others))
+    before = aim.read(runner.base, aim.forget)
+    with edit.applied(aim.model) as edited:
+        target = Target(model=edited, key=edit.digest)
+        after = aim.read(target, aim.forget)
+        kept_after = aim.read(target, aim.kept)
+        found = runner.arm("found", "found", target)
+        never = runner.never_known(target)
+    arms = [found, *([never] if never else [])]
+    if attack.reads_itself:
+        arms.append(runner.arm("unedited", "before the edit", runner.base))
+    shallow, note = runner.shallow(level=float(after.mean()))
+    arms += [shallow] if shallow else []
+    arms += [runner.of_edit(role_of(name), name, other) for name, other in others.items()]
+    chosen, within = choose(found, never, kept_after, floor=attack.options.retain_floor, reads=attack.reads_itself)
+    if attack.reads_itself:
+        unedited = next(arm for arm in arms if arm.role == "unedited")
+        own, _ = choose(unedited, never, kept_after, floor=0.0, reads=True)
+        before = unedited.back(own)
+    return Struck(
+        aim=aim,
+        arms=tuple(arms),
+        doses=attack.doses(aim),
+        chosen=chosen,
+        within_floor=within,
+        before=before,
+        after=after,
+        kept_after=kept_after,
+        kept_attacked=_kept(found, chosen),
+        notes=(*aim.notes, *([note] if note else []), *dict.fromkeys(attack.notes)),
+    )
+
+
+class _Runner(Generic[Options]):
+    """Runs an attack on one arm after the other."""
+
+    def __init__(self, attack: ItemAttack[Options], aim: Aim, *, arms: int) -> None:
+        self.strike, self.aim = attack, aim
+        self.base = Target(model=aim.model, key="unedited")
+        controls = (aim.heldout is not None) + (attack.options.controls and attack.options.shallow)
+        runs = arms + controls + attack.reads_itself
+        self.done, self.total = 0, runs * (len(aim.forget_halves) if attack.learns else 1)
+
+    def arm(self, role: Role, name: str, target: Target) -> Arm:
+        measured = {"retain": self.aim.kept} if len(self.aim.kept) else {}
+        return self._arm(role, name, target, self.aim.forget, self.aim.forget_halves, more=measured)
+
+    def never_known(self, target: Target) -> Arm | None:
+        """Held-out items attacked in the same way, in the same edited model."""
+        if self.aim.heldout is None:
+            return None
+        halves = self.aim.heldout_halves
+        return self._arm("never knew", "never known", target, self.aim.heldout, halves, data="heldout", more={})
+
+    def shallow(self, *, level: float) -> tuple[Arm | None, str]:
+        """An edit that only hides what this attack brings back, at the same forget level."""
+        options = self.strike.options
+        if not (options.controls and options.shallow):
+            return None, ""
+        control = self.strike.control(self.aim, level=level)
+        if control is None:
+            return None, "there is no edit made to come back under this attack: that little comes back proves little"
+        return self.of_edit("shallow", control.words, control.edit), control.note
+
+    def of_edit(self, role: Role, name: str, edit: Edit) -> Arm:
+        with edit.applied(self.aim.model) as edited:
+            return self.arm(role, name, Target(model=edited, key=edit.digest))
+
+    def _arm(
+        self,
+        role: Role,
+        name: str,
+        target: Target,
+        side: Side,
+        halves: tuple[Halves, ...],
+        *,
+        more: Mapping[str, Side],
+        data: str = "forget",
+    ) -> Arm:
+        if self.strike.learns:
+            splits = tuple(
+                self._attacked(target, side.at(half.relearned), {data: side.at(half.measured), **more})
+                for half in halves
+            )
+        else:
+            whole = self._attacked(target, NOTHING, {data: side, **more})
+            splits = tuple(whole | {data: whole[data][:, list(half.measured)]} for half in halves)
+        return Arm(role=role, name=name, splits=splits, halves=halves, side=side, data=data)
+
+    def _attacked(self, target: Target, learned: Side, measured: Mapping[str, Side]) -> Values:
+        found = self.strike.attack(target, learned, measured, self.aim)
+        for name, side in measured.items():
+            assert found[name].shape == (len(self.strike.doses(self.aim)), len(side)), "one value a dose and item"
+        self.done += 1
+        report(self.strike.name, self.done, self.total)
+        return {name: values.double().cpu() for name, values in found.items()}
+
+
+def choose(
+    found: Arm, never: Arm | None, kept: Float[Tensor, " kept"], *, floor: float, reads: bool
+) -> tuple[dict[int, int], bool]:
+    """For each split the dose at which most is back on its mirror, above items never known; and whether retain is kept.
+
+    Of equals the first. Where every dose breaks the retain side, the one that breaks it least. An attack that reads
+    itself breaks nothing.
+    """
+    chosen: dict[int, int] = {}
+    within = True
+    for split in range(len(found.halves)):
+        mirror = split ^ 1 if len(found.halves) > 1 else split
+        margin = found.at(mirror).mean(1)
+        if never is not None:
+            margin = margin - never.at(mirror).mean(1)
+        retain = found.splits[mirror].get("retain")
+        if retain is None or reads:
+            chosen[split] = int(margin.round(decimals=6).argmax())
+            continue
+        level = retain.mean(1)
+        fits = level >= floor * kept.mean() - 1e-9
+        within &= bool(fits.any())
+        ranked = margin.masked_fill(~fits, -torch.inf) if bool(fits.any()) else level
+        chosen[split] = int(ranked.round(decimals=6).argmax())
+    return chosen, within
+
+
+def _kept(found: Arm, chosen: Mapping[int, int]) -> Float[Tensor, " kept"]:
+    """Metric of each measured retain item at the dose that counts, averaged over the splits."""
+    rows = [values["retain"][chosen[split]] for split, values in enumerate(found.splits) if "retain" in values]
+    return torch.stack(rows).mean(0) if rows else torch.zeros(0).double()

@@ -1,0 +1,222 @@
+"""From what an attack read of every item to its result: one sentence, one number, curves, and numbers for controls."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from locedit.attacks.aim import Side, aimed
+from locedit.attacks.item_attack import Arm, ItemAttack, Options, Struck, strike
+from locedit.attacks.measures import level_measure, share_measure
+from locedit.attacks.recovery import share_back
+from locedit.attacks.shared import Shared
+from locedit.data.items import Task
+from locedit.edit import Edit
+from locedit.evaluate.intervals import Estimate
+from locedit.models import Model
+from locedit.provenance import measure, plain
+from locedit.results import AttackResult, Curve, Measure, Stage
+
+Others = Mapping[str, Edit] | None
+"further edits by name, attacked in the same way; names that begin with random count as random sets of the same size"
+
+POWER = 0.5
+"share of the control made to come back that must come back for a failure elsewhere to mean anything"
+
+
+def carried_out(
+    attack: ItemAttack[Options],
+    model: Model,
+    task: Task,
+    edit: Edit,
+    *,
+    others: Others,
+    shared: Shared | None,
+) -> AttackResult:
+    """Run an attack and say what it found."""
+    options = attack.options
+    with measure(attack.name, model=model, data=task, settings=options, seed=options.seed) as record:
+        memo = shared or Shared()
+        aim = aimed(model, task, options, by=attack.name, learns=attack.learns, shared=memo, narrow=attack.narrow)
+        result = Outcome(attack, strike(attack, aim, edit, others or {})).result()
+    return dataclasses.replace(result, provenance=record.provenance)
+
+
+class Outcome:
+    """The numbers of one attack in words and records."""
+
+    def __init__(self, attack: ItemAttack[Any], found: Struck) -> None:
+        self.attack, self.found, self.options = attack, found, attack.options
+        self.main = found.arms[0]
+
+    def result(self) -> AttackResult:
+        notes = [*self.found.notes, *self._doubts()]
+        return AttackResult(
+            name=self.attack.name,
+            sentence=self.sentence(),
+            headline=share_measure(self.share(self.main), len(self.main.side), note="; ".join(notes)),
+            curves=tuple(self._curves()),
+            measures=tuple(self._measures()),
+            settings=plain(self.options) | {"doses": [str(self.found.doses[at]) for at in self.found.chosen.values()]},
+            note="; ".join(notes),
+        )
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def back(self, arm: Arm) -> Float[Tensor, " item"]:
+        """Metric of each of the arm's items under attack, at the dose that counts."""
+        return arm.back(self.found.chosen)
+
+    def share(self, arm: Arm) -> Estimate:
+        """How much of what was known is there under attack on that arm, above what was never known."""
+        never = self.found.arm("never knew")
+        return share_back(
+            self.back(arm),
+            self.found.before,
+            owners=arm.side.owners,
+            control=None if never is None else self.back(never),
+            control_owners=[] if never is None else never.side.owners,
+            draws=self.options.draws,
+            seed=self.options.seed,
+        )
+
+    def _doubts(self) -> list[str]:
+        """What a reader must know before believing the number."""
+        doubts: list[str] = []
+        if not self.found.within_floor:
+            floor = self.options.retain_floor
+            doubts.append(f"at every dose the attack takes the retain side below {floor:g} of its level: it breaks it")
+        shallow = self.found.arm("shallow")
+        if shallow is not None and not self.share(shallow).value >= POWER:
+            doubts.append(
+                "the attack did not bring back the edit made to come back: that little comes back proves little"
+            )
+        return doubts
+
+    # --- words -------------------------------------------------------------------------------------------------------
+
+    def sentence(self) -> str:
+        """The finding in one sentence."""
+        found, metric = self.found, self.found.aim.metric.replace("_", " ")
+        never = found.arm("never knew")
+        text = f"{self.attack.lead}{self._at()} {verdict(self.share(self.main))}: forget {metric} "
+        before = "read off likewise before the edit" if self.attack.reads_itself else "before the edit"
+        text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {before}, {_mean(found.after)} after it"
+        text += f"; items never known reach {_mean(self.back(never))})" if never else ")"
+        text += "".join(f"; {part}" for part in self._comparisons())
+        if len(found.kept_attacked) and not self.attack.reads_itself:
+            text += f"; retain {_mean(found.kept_attacked)} ({_mean(found.kept_after)} before the attack)"
+        return text + "."
+
+    def _at(self) -> str:
+        """The doses that count, where there was a choice."""
+        doses = [self.found.doses[at] for at in self.found.chosen.values()]
+        if len(self.found.doses) == 1:
+            return ","
+        named = " and ".join(dict.fromkeys(map(str, doses)))
+        return f" ({self.attack.x_name} {named}),"
+
+    def _comparisons(self) -> list[str]:
+        """What other edits do under the same attack."""
+        random = [arm for arm in self.found.arms if arm.role == "random"]
+        parts: list[str] = []
+        if random:
+            sets = "a random set" if len(random) == 1 else f"{len(random)} random sets"
+            values = torch.stack([self.back(arm).mean() for arm in random])
+            parts.append(f"{sets} of the same size: {_mean(values)}")
+        named = [arm for arm in self.found.arms if arm.role in ("everything", "complement", "other", "shallow")]
+        return parts + [f"{arm.name}: {_mean(self.back(arm))}" for arm in named]
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    def _curves(self) -> list[Curve]:
+        tracks = list(dict.fromkeys(dose.track for dose in self.found.doses))
+        return [
+            self._curve(arm, split, track)
+            for arm in self.found.arms
+            for split in range(len(arm.halves))
+            for track in tracks
+        ]
+
+    def _curve(self, arm: Arm, split: int, track: str) -> Curve:
+        """Mean metric at every dose of a track, from the state without the attack where there is one."""
+        places = [at for at, dose in enumerate(self.found.doses) if dose.track == track]
+        values = arm.splits[split]
+        columns = {"recovered": values[arm.data].mean(1)[places].tolist()}
+        if "retain" in values and not self.attack.reads_itself and values["retain"].shape[1]:
+            columns["retain"] = values["retain"].mean(1)[places].tolist()
+        x = [self.found.doses[at].x for at in places]
+        lead = self._start(arm, split) if not self.attack.reads_itself else {}
+        if lead:
+            x = [self.attack.start, *x]
+            columns = {name: [lead[name], *column] for name, column in columns.items()}
+        at = self.found.chosen[split]
+        return Curve(
+            name=f"{arm.name} ({track})" if track else arm.name,
+            role=arm.role,
+            x_name=self.attack.x_name,
+            x=tuple(x),
+            columns={name: tuple(column) for name, column in columns.items()},
+            seed=split,
+            matched=places.index(at) + bool(lead) if at in places else None,
+            track=track,
+            note=f"split {split}" if len(arm.halves) > 1 else "",
+        )
+
+    def _start(self, arm: Arm, split: int) -> dict[str, float]:
+        """The levels without the attack, for the edit itself; of other arms they are not measured."""
+        if arm.role != "found":
+            return {}
+        half = list(arm.halves[split].measured)
+        return {"recovered": float(self.found.after[half].mean()), "retain": _float(self.found.kept_after)}
+
+    def _measures(self) -> list[Measure]:
+        """Levels before and after the edit and of every role, the retain side, and the share back in every arm."""
+        found, forget = self.found, self.main.side
+        made = [
+            self._level(found.before, forget, "forget", "before"),
+            self._level(found.after, forget, "forget", "after"),
+            self._level(self.back(self.main), forget, "forget", "attacked"),
+        ]
+        for role in dict.fromkeys(arm.role for arm in found.arms[1:]):
+            arms = [arm for arm in found.arms if arm.role == role]
+            values = torch.stack([self.back(arm) for arm in arms]).mean(0)
+            made.append(self._level(values, arms[0].side, arms[0].data, "attacked", group=role))
+        if len(found.kept_attacked):
+            made.append(self._level(found.kept_after, found.aim.kept, "retain", "after"))
+            made.append(self._level(found.kept_attacked, found.aim.kept, "retain", "attacked"))
+        return made + [self._share_of(arm) for arm in found.arms if arm.role not in ("found", "never knew", "unedited")]
+
+    def _level(self, values: Tensor, side: Side, data: str, stage: Stage, *, group: str | None = None) -> Measure:
+        more = {"draws": self.options.draws, "seed": self.options.seed}
+        metric = self.found.aim.metric
+        return level_measure(metric, values, side.named, dataset=data, stage=stage, group=group, **more)
+
+    def _share_of(self, arm: Arm) -> Measure:
+        name = arm.name if arm.role == "other" or arm.role in arm.name else f"{arm.role}: {arm.name}"
+        return share_measure(self.share(arm), len(arm.side), group=name)
+
+
+def verdict(share: Estimate) -> str:
+    """In words, for the middle of a sentence."""
+    if share.value != share.value:
+        return "no share can be given (hardly more was known before than is guessed)"
+    if share.value >= 0.7:
+        return f"it comes back ({share.value:.0%})"
+    if share.value >= 0.3:
+        return f"it comes back in part ({share.value:.0%})"
+    return f"hardly anything is back ({max(share.value, 0):.0%})"
+
+
+def _mean(values: Tensor) -> str:
+    return f"{_float(values):.2f}"
+
+
+def _float(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+__all__ = ["Others", "Outcome", "carried_out", "verdict"]
