@@ -12,7 +12,15 @@ from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure
 PRIMARY = ("probability", "accuracy", "exposure", "memorization_accuracy", "extraction_likelihood", "perplexity")
 "metrics by which a run is summed up, first one present; else the first metric of the forget set"
 
-NEUTRAL = {"association": 0.0, "preferred": 0.5}
+NEUTRAL = {
+    "association": 0.0,
+    "preferred": 0.5,
+    "crows_pairs": 0.5,
+    "crows_pairs_difference": 0.0,
+    "stereoset_ss": 0.5,
+    "winogender_gap": 0.0,
+    "winogender_correlation": 0.0,
+}
 "metrics of which neither end is good: where a model without the association stands"
 
 GONE = 0.9
