@@ -35,6 +35,8 @@ class Metric:
     "of what the model writes, which the unedited model then judges: the edit is applied by the metric itself"
     wanted: Direction | None = None
     "which way is good on every data set (held-out items: with `keep`); None = by `knowledge`, `keep` and the data set"
+    causal: bool = False
+    "needs a model that writes; a masked one is measured without it"
     on_request: bool = False
     "measured only when asked for by name, because it takes long"
     field: str = ""

@@ -43,7 +43,7 @@ def evaluate(
 
     task = as_task(task)
     chosen = evaluate_options(options)
-    plan = plan_of(task, chosen, edited=edit is not None)
+    plan = plan_of(task, chosen, edited=edit is not None, causal=model.causal)
     check_attacks(attacks, edit=edit, options=attack_options or {}, task=task)
     with measure("evaluate", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
         found = list(_measured(model, task, edit, plan, chosen))
@@ -87,7 +87,7 @@ def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
     changed = {"metrics": tuple(given["metrics"])} if given.get("metrics") is not None else {}
     chosen = fill(EvaluateOptions, {**given, **changed}, method="evaluate")
     counts = ("batch_size", "draws", "exposure_samples", "exposure_limit", "extraction_n", "extraction_length")
-    for name in (*counts, "s_el_n", "samples", "sample_tokens", "recall_shots"):
+    for name in (*counts, "s_el_n", "samples", "sample_tokens", "recall_shots", "fluency_texts", "fluency_tokens"):
         if getattr(chosen, name) < 1:
             raise LoceditError(f"evaluate: {name}={getattr(chosen, name)!r} is not a positive number")
     for name in ("choice_orders", "rouge_tokens"):
@@ -114,14 +114,16 @@ class Part:
     writes: bool
 
 
-def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]:
-    """What to compute: metrics of one family on one data set together."""
+def plan_of(task: Task, options: EvaluateOptions, *, edited: bool, causal: bool = True) -> list[Part]:
+    """What to compute: metrics of one family on one data set together; `causal` says what kind of model it is."""
     for name in options.metrics or ():
         if name not in METRICS:
             raise LoceditError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
     judged = ("habit_rate", "sample_perplexity") if options.reward != RewardOptions().reward else ()
     always = [name for name, metric in METRICS.items() if not metric.on_request or name in judged]
     wanted = {name: METRICS[name] for name in options.metrics or always}
+    if not causal:
+        wanted = {name: metric for name, metric in wanted.items() if not metric.causal}
     parts: dict[tuple[str, Family], Part] = {}
     done: set[str] = set()
     for name, metric in wanted.items():
@@ -144,7 +146,7 @@ def plan_of(task: Task, options: EvaluateOptions, *, edited: bool) -> list[Part]
             done.add(name)
     for name in options.metrics or ():
         if name not in done:
-            raise LoceditError(_why_not(name, METRICS[name], task, options, edited=edited))
+            raise LoceditError(_why_not(name, METRICS[name], task, options, edited=edited, causal=causal))
     return sorted(parts.values(), key=lambda part: MEASURED.index(part.role))
 
 
@@ -168,7 +170,9 @@ def _lacking(metric: Metric, task: Task, options: EvaluateOptions) -> str:
     return metric.lacks(task, options) if metric.lacks else ""
 
 
-def _why_not(name: str, metric: Metric, task: Task, options: EvaluateOptions, *, edited: bool) -> str:
+def _why_not(name: str, metric: Metric, task: Task, options: EvaluateOptions, *, edited: bool, causal: bool) -> str:
+    if metric.causal and not causal:
+        return f"metric {name!r} is of what a model writes: it needs a causal model, this one is a masked one"
     if metric.compares and not edited:
         return f"metric {name!r} compares the edited with the unedited model: give an edit"
     roles = [role for role in metric.roles if (data := getattr(task, role)) is not None and _measures(metric, data)]

@@ -76,6 +76,10 @@ class EvaluateOptions(RewardOptions):
     "tokens that are written for ROUGE, at most; None = as many as the answer has (TOFU: 200)"
     utility_sets: tuple[str, ...] = ()
     "further files of facts with wrong answers for model_utility, such as TOFU's real authors and world facts"
+    fluency_texts: int = 64
+    "texts whose beginnings are continued for ngram_entropy, repetition and empty_share, at most"
+    fluency_tokens: int = 32
+    "tokens that are written after each of them, at most"
 
 
 @dataclass(frozen=True, kw_only=True)
