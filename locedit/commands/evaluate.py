@@ -17,6 +17,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     """Measure before and after, attack, save."""
     from locedit.attacks import ATTACKS, check_attacks
     from locedit.evaluate import evaluate
+    from locedit.evaluate.alarms import alarms
     from locedit.evaluate.suite import evaluate_options, plan_of
     from locedit.results import Evaluation
 
@@ -64,6 +65,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
     table(("measure", "before", "after", "n"), measure_rows(evaluation))
     for attack in evaluation.attacks:
         note(attack.sentence)
+    for line in alarms(evaluation):
+        note(f"alarm: {line}")
     note(f"{run_folder.folder / 'evaluation'}: {len(evaluation.measures)} measures, {len(evaluation.attacks)} attacks")
 
 
