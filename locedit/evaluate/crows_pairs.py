@@ -55,6 +55,8 @@ def likelihood_differences(model: Model, pairs: Sequence[ContrastPair], *, batch
             examples += [whole(model, name, tokens[name]) for name in (first, second)]
         else:
             at = shared_positions(tokens[first], tokens[second])
+            if pair.format == "antistereo":  # published: of these the less stereotyping sentence is aligned first
+                at = shared_positions(tokens[second], tokens[first])[::-1]
             examples += [_scored(name, tokens[name], list(p)) for name, p in zip((first, second), at, strict=True)]
     scored = [one for one in examples if one.spans]
     found = {id(one): s.nll for one, s in zip(scored, token_scores(model, scored, batch_size=batch_size), strict=True)}

@@ -33,9 +33,11 @@ def labelled_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
     items = view.dataset.of(LabelledText, by="classification")
     verbaliser = verbaliser_of(view.task, view.options)
     truth = label_numbers(view.dataset, verbaliser)
+    columns = {name: positive_column(verbaliser, view.options, name) for name in names if name in WITHIN}
+    for name, column in columns.items():
+        _check_rates(view, items, truth == column, name=name)
     texts = [item.text for item in items]
-    chances = classify(view.model, texts, verbaliser, batch_size=view.options.batch_size, chat=view.dataset.chat)
-    said = chances.argmax(1)
+    said = classify(view.model, texts, verbaliser, batch_size=view.options.batch_size, chat=view.dataset.chat).argmax(1)
     right = (said == truth).tolist()
     found = {
         "classification_accuracy": Values(
@@ -44,8 +46,7 @@ def labelled_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
             groups={item.id: tuple(n for n in (item.format, item.group) if n) for item in items},
         )
     }
-    for name in set(names) & WITHIN.keys():
-        column = positive_column(verbaliser, view.options, name)
+    for name, column in columns.items():
         found[name] = _difference(view, items, said == column, truth == column, name=name)
     return {name: found[name] for name in names}
 
@@ -60,7 +61,6 @@ def _difference(
 ) -> Values:
     """The largest difference of a rate between the groups, with its interval; it has no parts."""
     groups = [item.group for item in items]
-    _check_rates(view, groups, truth, name=name)
     ids = {item.id: at for at, item in enumerate(items)}
 
     def estimate(chosen: Sequence[str]) -> Estimate:
@@ -154,7 +154,8 @@ def positive_column(verbaliser: Verbaliser, options: EvaluateOptions, name: str)
     return 0
 
 
-def _check_rates(view: View, groups: Sequence[str | None], truth: Bool[Tensor, " items"], *, name: str) -> None:
+def _check_rates(view: View, items: Sequence[LabelledText], truth: Bool[Tensor, " items"], *, name: str) -> None:
+    groups = [item.group for item in items]
     if None in groups or len(set(groups)) < 2:
         raise LoceditError(
             f"{view.dataset.source}: metric {name!r} needs a group on every text, and two groups or more"
