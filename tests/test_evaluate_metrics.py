@@ -253,6 +253,7 @@ def test_what_the_data_lack_is_left_out_unless_asked_for_by_name() -> None:
         "rank",
         "reciprocal_rank",
         "memorization_accuracy",
+        "extraction_strength",
     }
     with pytest.raises(
         LoceditError, match="'exposure' needs items of kind private in forget or retain or heldout; the task has"

@@ -13,7 +13,6 @@ from random import Random
 from string import ascii_uppercase
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from locedit.data.encode import Example, Span, batches, encode
@@ -90,8 +89,8 @@ def _question(fact: Fact, shown: Sequence[str], right: int, options: EvaluateOpt
 
 def letter_logits(
     model: ScoringModel, asked: Sequence[Question], *, chat: str = "off", batch_size: int = 64
-) -> list[Float[Tensor, " letter"]]:
-    """The logit of each letter after each question, float64, in the order given: one row a question."""
+) -> list[Tensor]:
+    """The logits `[letter]` after each question, float64, in the order given; one row a question."""
     variants = [
         dataclasses.replace(one.fact, answer=f" {letter}", id=f"{number}/{letter}")
         for number, one in enumerate(asked)

@@ -90,10 +90,8 @@ def _probability(question: Question, logits: Tensor) -> float:
     return float(logits.softmax(0)[question.right])
 
 
-def letter_bias(
-    picked: Sequence[Float[Tensor, " letter"]], *, owners: Sequence[str | None], options: EvaluateOptions
-) -> Estimate:
-    """The bias over facts, each with the share of its questions in which every letter is picked; owners resampled."""
+def letter_bias(picked: Sequence[Tensor], *, owners: Sequence[str | None], options: EvaluateOptions) -> Estimate:
+    """The bias over facts, of each the share of its questions in which every `[letter]` is picked; owners resampled."""
     sizes = sorted({len(shares) for shares in picked})
     blocks = [[shares if len(shares) == size else torch.zeros(size).double() for size in sizes] for shares in picked]
     table = torch.stack([torch.cat(each) for each in blocks])  # [fact, letter of each size]

@@ -40,7 +40,7 @@ def _against_wrong(
     )
 
 
-def _truth_ratio(mean: str, *, on_request: bool = False) -> Metric:
+def _truth_ratio(mean: str, failure: str, *, on_request: bool = False) -> Metric:
     return _against_wrong(
         wrong_answer_metrics,
         f"r = P(wrong) / P(paraphrased answer), P = exp(mean log-probability of a token), {mean} mean over the wrong "
@@ -50,8 +50,8 @@ def _truth_ratio(mean: str, *, on_request: bool = False) -> Metric:
         wanted="higher",
         on_request=on_request,
         chance="see the heldout set; 1 where neither is preferred, on the retain set 0",
-        failure="on the forget set both a model that knows and one that was made to avoid the answer are near 0; wrong "
-        "answers that are unlikely in themselves look like knowledge",
+        failure=f"{failure}; min(r, 1/r) is near 0 for a model that knows, and also for one that is sure of something "
+        "wrong; wrong answers that are unlikely in themselves look like knowledge",
         paper=TOFU,
     )
 
@@ -82,8 +82,8 @@ FACTS: dict[str, Metric] = {
         failure="long answers come out near 1 / number of options, since P is that of an average token",
         paper=f"{TOFU} (probability of real authors and world facts)",
     ),
-    "truth_ratio": _truth_ratio("geometric"),
-    "truth_ratio_arithmetic": _truth_ratio("arithmetic", on_request=True),
+    "truth_ratio": _truth_ratio("geometric", "one likely wrong answer hides among unlikely ones"),
+    "truth_ratio_arithmetic": _truth_ratio("arithmetic", "the likeliest wrong answer decides", on_request=True),
     "choice_accuracy": _against_wrong(
         letter_metrics,
         "share of multiple-choice questions, made of the fact's answer and its wrong answers in choice_orders orders, "
