@@ -39,6 +39,7 @@ def fine_tune(
     learning_rate: float,
     steps: int,
     after_step: Callable[[int], None],
+    by: str = "relearning",
 ) -> None:
     """AdamW without weight decay at a constant rate on mean NLL(relearned) + retain_weight * mean NLL(retain).
 
@@ -56,7 +57,7 @@ def fine_tune(
         scored = score(model, collate([*rows, *known], model).to(model.device))
         loss = _loss(scored, relearned=len(rows), retain_weight=diet.retain_weight)
         if not bool(loss.isfinite()):
-            raise LoceditError(f"relearning: the loss is {loss.item()} at step {step}, learning rate {learning_rate!r}")
+            raise LoceditError(f"{by}: the loss is {loss.item()} at step {step}, learning rate {learning_rate!r}")
         gradients = torch.autograd.grad(loss, list(weights), allow_unused=True)
         _step(optimizer, weights, masters, gradients)
         after_step(step)

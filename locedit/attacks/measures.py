@@ -31,9 +31,11 @@ def metric_of(forget: Dataset, asked: Metric | None, *, by: str) -> Metric:
     return "accuracy" if forget.kind == "fact" else "memorization_accuracy"
 
 
-def values_of(model: Model, examples: Sequence[Example], metric: Metric) -> Float[Tensor, " item"]:
+def values_of(
+    model: Model, examples: Sequence[Example], metric: Metric, *, batch_size: int = 64
+) -> Float[Tensor, " item"]:
     """The metric of every example, float64."""
-    found = token_scores(model, examples) if examples else []
+    found = token_scores(model, examples, batch_size=batch_size) if examples else []
     return torch.tensor([SPAN_VALUES[metric](scores) for scores in found], dtype=torch.float64)
 
 
