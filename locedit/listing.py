@@ -84,24 +84,30 @@ def _describe_method(name: str, groups: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def metrics_command(args: argparse.Namespace) -> None:
-    """All metrics in a table, or one."""
+    """All metrics in a table, or the card of one."""
     from locedit.evaluate import METRICS
+    from locedit.evaluate.metric_card import card
 
-    if args.name and args.name not in METRICS:
-        raise LoceditError(f"unknown metric {args.name!r}; {nearest(args.name, METRICS)}")
-    chosen = {args.name: METRICS[args.name]} if args.name else METRICS
-    table(("name", "on", "range", "definition"), [metric_row(name, metric) for name, metric in chosen.items()])
-    if not args.name:
-        from locedit.evaluate.values import EvaluateOptions
+    if args.name:
+        if args.name not in METRICS:
+            raise LoceditError(f"unknown metric {args.name!r}; {nearest(args.name, METRICS)}")
+        head, *rows = card(args.name, METRICS[args.name])
+        table(head, rows)
+        return
+    from locedit.evaluate.values import EvaluateOptions
 
-        sys.stdout.write("\nOptions, as in locedit evaluate --extraction-n 5\n")
-        table(("option", "type", "default", "meaning"), [o for o in describe(EvaluateOptions) if o[0] != "metrics"])
+    table(("name", "of", "definition"), [metric_row(name, metric) for name, metric in METRICS.items()])
+    sys.stdout.write(
+        "\n* = on request: locedit evaluate --metrics NAME,...; `locedit metrics NAME` says of one which way is good, "
+        "its range,\nits chance level and how it is known to mislead.\n"
+        "\nOptions, as in locedit evaluate --extraction-n 5\n"
+    )
+    table(("option", "type", "default", "meaning"), [o for o in describe(EvaluateOptions) if o[0] != "metrics"])
 
 
-def metric_row(name: str, metric: Any) -> tuple[str, str, str, str]:
-    low, high = metric.range
-    bounds = f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
-    return name, " ".join(metric.kinds), bounds, metric.definition
+def metric_row(name: str, metric: Any) -> tuple[str, str, str]:
+    """Name, with a star where it is measured on request only, kinds of items, definition."""
+    return f"{name}{' *' if metric.on_request else ''}", " ".join(metric.kinds), metric.definition
 
 
 def _what(entry: Any) -> str:

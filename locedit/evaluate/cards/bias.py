@@ -80,7 +80,6 @@ BIAS: dict[str, Metric] = {
         chance="0 without the association",
         failure="a rarer word, or one of more tokens, counts as less preferred whatever the stereotype; opposite "
         "preferences of pairs cancel in the mean",
-        paper="locedit's own definition",
     ),
     "preferred": Metric(
         function=association_metrics,

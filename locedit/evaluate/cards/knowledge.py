@@ -14,6 +14,8 @@ KNOWLEDGE: dict[str, Metric] = {
         unit="probability",
         range=(0.0, 1.0),
         chance="see the heldout set",
+        failure="a product over tokens: a long answer has a small one even where it is known, and looks forgotten by a "
+        "small loss on each token; synonyms do not count",
     ),
     "accuracy": Metric(
         function=span_metrics,
@@ -24,6 +26,8 @@ KNOWLEDGE: dict[str, Metric] = {
         unit="share",
         range=(0.0, 1.0),
         chance="see the heldout set",
+        failure="says nothing between all and none: one wrong token of a long answer makes it 0, and a model whose "
+        "answer is a close second looks as if it knew nothing",
     ),
     "rank": Metric(
         function=span_metrics,
@@ -33,6 +37,7 @@ KNOWLEDGE: dict[str, Metric] = {
         unit="rank",
         range=(1.0, None),
         chance="see the heldout set",
+        failure="looks at the first token alone, which many answers share, and a few items far down decide the mean",
     ),
     "reciprocal_rank": Metric(
         function=span_metrics,
@@ -41,6 +46,9 @@ KNOWLEDGE: dict[str, Metric] = {
         knowledge=1,
         unit="share",
         range=(0.0, 1.0),
+        chance="see the heldout set",
+        failure="later tokens are given the true ones before them, and follow from these (the rest of a name) whether "
+        "the answer is known or not",
         paper="Wu et al. 2023, arXiv:2310.20138, eq. 7",
     ),
     "memorization_accuracy": Metric(
@@ -51,6 +59,9 @@ KNOWLEDGE: dict[str, Metric] = {
         knowledge=1,
         unit="share",
         range=(0.0, 1.0),
+        chance="see the heldout set",
+        failure="teacher-forced: it overstates what the model would write, since after a wrong token it is given the "
+        "true one; word endings count as memory",
         paper="Tirumala et al. 2022, arXiv:2205.10770; Jang et al. 2023, arXiv:2210.01504; here of the span",
     ),
     "paraphrase_probability": Metric(
@@ -61,6 +72,8 @@ KNOWLEDGE: dict[str, Metric] = {
         knowledge=1,
         unit="probability",
         range=(0.0, 1.0),
+        chance="that of heldout facts asked in the same ways",
+        failure="as of probability; falls also where a model finds the question itself strange",
         paper="Meng et al. 2022, arXiv:2202.05262 (generalisation)",
     ),
     "paraphrase_accuracy": Metric(
@@ -71,6 +84,8 @@ KNOWLEDGE: dict[str, Metric] = {
         knowledge=1,
         unit="share",
         range=(0.0, 1.0),
+        chance="that of heldout facts asked in the same ways",
+        failure="as of accuracy, and paraphrases that the model could not answer before the edit look forgotten",
         paper="Meng et al. 2022, arXiv:2202.05262 (generalisation)",
     ),
     "neighbour_probability": Metric(
@@ -82,6 +97,8 @@ KNOWLEDGE: dict[str, Metric] = {
         keep=True,
         unit="probability",
         range=(0.0, 1.0),
+        chance="that of the unedited model is to be kept",
+        failure="neighbours that the model never knew cannot be damaged: read it beside the value before the edit",
         paper="Meng et al. 2022, arXiv:2202.05262 (specificity)",
     ),
     "neighbour_accuracy": Metric(
@@ -93,6 +110,8 @@ KNOWLEDGE: dict[str, Metric] = {
         keep=True,
         unit="share",
         range=(0.0, 1.0),
+        chance="that of the unedited model is to be kept",
+        failure="a fall in probability that leaves the answer in front does not show",
         paper="Meng et al. 2022, arXiv:2202.05262 (specificity)",
     ),
 }

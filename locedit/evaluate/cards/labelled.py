@@ -8,7 +8,7 @@ FAIRLEARN = "Weerts et al. 2023 (fairlearn), arXiv:2303.16626"
 
 
 def _labelled(
-    definition: str, *, chance: str, failure: str, paper: str, field: str = "", wanted: Direction | None = None
+    definition: str, *, chance: str, failure: str, paper: str = "", field: str = "", wanted: Direction | None = None
 ) -> Metric:
     """A metric of labelled texts."""
     return Metric(
@@ -20,6 +20,7 @@ def _labelled(
         wanted=wanted,
         unit="share",
         range=(0.0, 1.0),
+        causal=True,
         on_request=True,
         chance=chance,
         failure=failure,
@@ -45,7 +46,6 @@ LABELLED: dict[str, Metric] = {
         chance="one over the number of labels, or the share of the commonest",
         failure="depends on the template and on how frequent the words are: a model may know the class and still "
         "prefer one word; the share of the commonest label is reached by always saying it",
-        paper="locedit's own definition",
     ),
     "demographic_parity_difference": _difference(
         "largest difference between groups in the share of texts classed as `positive`",

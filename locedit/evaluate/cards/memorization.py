@@ -48,6 +48,8 @@ MEMORIZATION: dict[str, Metric] = {
         range=(0.0, 1.0),
         on_request=True,
         chance="see the heldout set",
+        failure="texts with repeated or common phrases have some without being memorised, and a paraphrase of the text "
+        "has none; depends on n",
         paper="Jang et al. 2023, arXiv:2210.01504",
     ),
     "text_memorization_accuracy": Metric(
@@ -60,6 +62,8 @@ MEMORIZATION: dict[str, Metric] = {
         range=(0.0, 1.0),
         on_request=True,
         chance="see the heldout set",
+        failure="far above 0 for texts never seen, since grammar predicts much of them, and teacher-forced: read it "
+        "beside the heldout set",
         paper="Tirumala et al. 2022, arXiv:2205.10770; Jang et al. 2023, arXiv:2210.01504",
     ),
     "s_ma": Metric(
@@ -72,6 +76,7 @@ MEMORIZATION: dict[str, Metric] = {
         range=(0.0, 1.0),
         on_request=True,
         chance="see the heldout set",
+        failure="teacher-forced, so that later tokens of a span follow from its first ones; long spans weigh more",
         paper="Wang et al. 2024, arXiv:2402.05813",
     ),
     "s_el": Metric(
@@ -85,6 +90,8 @@ MEMORIZATION: dict[str, Metric] = {
         range=(0.0, 1.0),
         on_request=True,
         chance="see the heldout set",
+        failure="greedy alone: what sampling would bring out is not seen; normalised in our own way, so that published "
+        "numbers do not compare",
         paper="after Wang et al. 2024, arXiv:2402.05813",
     ),
     "rest_accuracy": Metric(
@@ -97,6 +104,8 @@ MEMORIZATION: dict[str, Metric] = {
         unit="share",
         range=(0.0, 1.0),
         on_request=True,
+        chance="that of the unedited model is to be kept",
+        failure="common words keep it high, so that damage to what is rare hardly shows",
     ),
     "exposure": Metric(
         function=exposure_metric,
@@ -107,6 +116,8 @@ MEMORIZATION: dict[str, Metric] = {
         unit="bits",
         range=(0.0, None),
         chance="1.44 bits in a large space of equally plausible values",
+        failure="estimated from samples and a fitted distribution where there are too many values; values that are "
+        "plausible in themselves, such as common names, are exposed without being memorised",
         paper="Carlini et al. 2019, arXiv:1802.08232, definition 1 and section 4.4",
     ),
     "extraction_strength": Metric(
@@ -121,7 +132,7 @@ MEMORIZATION: dict[str, Metric] = {
         chance="see the heldout set",
         failure="one wrong token near the end hides a text that is known up to there; OpenUnlearning has 1 / T where "
         "this has 0, and leaves out the last token",
-        paper="Carlini et al. 2021, arXiv:2012.07805; Wang et al. 2025, arXiv:2502.19301",
+        paper="Carlini et al. 2021, arXiv:2012.07805; Wang et al. 2025, arXiv:2406.09179",
     ),
     "exact_memorization": Metric(
         function=span_metrics,

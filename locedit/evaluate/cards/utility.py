@@ -35,6 +35,9 @@ UTILITY: dict[str, Metric] = {
         unit="perplexity",
         range=(1.0, None),
         roles=("forget", "retain", "heldout", "texts"),
+        chance="that of the unedited model, or of heldout texts",
+        failure="low for text that repeats itself, depends on the tokenizer, and one impossible token in a thousand "
+        "outweighs all others",
     ),
     "kl_to_base": Metric(
         function=shift_metrics,
@@ -47,6 +50,7 @@ UTILITY: dict[str, Metric] = {
         range=(0.0, None),
         roles=("texts",),
         chance="0 for the unedited model",
+        failure="a mean over tokens, in which large changes at few places drown; does not say whether a change is bad",
     ),
     "agreement_with_base": Metric(
         function=shift_metrics,
@@ -59,6 +63,8 @@ UTILITY: dict[str, Metric] = {
         range=(0.0, 1.0),
         roles=("texts",),
         chance="1 for the unedited model",
+        failure="counts first places alone: where two tokens are nearly equally likely a tiny change swaps them, and "
+        "probability may halve without a trace",
     ),
     "ngram_entropy": _written(
         "weighted mean of the entropies of the word bigrams (1/3) and trigrams (2/3) of a greedy continuation of the "
