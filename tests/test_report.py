@@ -1,6 +1,7 @@
 """The report: what it says follows from the numbers, what it shows is safe and stands alone."""
 
 import dataclasses
+import html
 import itertools
 import json
 import math
@@ -14,6 +15,8 @@ import torch
 from locedit.components import ComponentSet, Scores, Site, Slice
 from locedit.edit import Edit
 from locedit.errors import LoceditError
+from locedit.evaluate import METRICS
+from locedit.evaluate.metric_card import card_text
 from locedit.provenance import Provenance
 from locedit.report import RunResults, captions, figures, fragment, judge, lines, maps, report, tables, words
 from locedit.report.inputs import gather, read_run
@@ -712,7 +715,23 @@ def test_known_measures_are_defined_and_unknown_ones_left_out() -> None:
     view = tables.definitions(Evaluation(measures=(a_measure("forget", 0.5), a_measure("forget", 0.5, name="made_up"))))
     assert view is not None
     assert [row[0].text for row in view.rows] == ["probability"]
+    assert view.rows[0][3].text == METRICS["probability"].failure
     assert tables.definitions(Evaluation(measures=(a_measure("forget", 0.5, name="made_up"),))) is None
+
+
+def test_the_name_of_a_measure_shows_its_card() -> None:
+    """On hover: in the table of measures, in their definitions, and in the figure under the number."""
+    evaluation = Evaluation(measures=(a_measure("forget", 0.5), a_measure("forget", 0.5, name="made_up")))
+    names = {row[1].text: row[1].hint for row in tables.measures(evaluation).rows}
+    assert names == {"probability": card_text("probability", METRICS["probability"]), "made up": ""}
+    assert "known failure: a product over tokens" in names["probability"]
+    definitions = tables.definitions(evaluation)
+    assert definitions is not None
+    assert definitions.rows[0][0].hint == names["probability"]
+    assert html.escape(names["probability"], quote=False).split("\n")[1] in html.unescape(report(evaluation).html())
+    hovers = [text for trace in figures.measures(evaluation).data for text in trace.customdata]
+    assert any("known failure: a product over tokens" in text.replace("<br>", " ") for text in hovers)
+    assert "" in hovers
 
 
 def test_runs_on_other_data_are_not_drawn_together() -> None:

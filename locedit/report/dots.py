@@ -1,5 +1,6 @@
 """Measures as points with their intervals."""
 
+import textwrap
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -77,5 +78,17 @@ def _trace(numbers: Sequence[Measure], stage: Stage, *, named: bool) -> go.Scatt
         showlegend=named,
         marker={"color": colour, "symbol": symbol, "size": 9, "line": {"width": 2, "color": colour}},
         text=[f"[{m.low:.3g}, {m.high:.3g}], n = {m.n:,}" for m in numbers],
-        hovertemplate="%{y} " + stage + ": %{x:.3g} %{text}<extra></extra>",
+        customdata=[_explained(m) for m in numbers],
+        hovertemplate="%{y} " + stage + ": %{x:.3g} %{text}%{customdata}<extra></extra>",
     )
+
+
+def _explained(measure: Measure) -> str:
+    """What the measure is and how it misleads, in lines under its number; empty for what is no metric."""
+    from locedit.evaluate.registry import METRICS
+
+    if measure.name not in METRICS:
+        return ""
+    metric = METRICS[measure.name]
+    said = (metric.definition, f"known failure: {metric.failure}")
+    return "".join(f"<br>{plain(line)}" for text in said for line in textwrap.wrap(text, 70))

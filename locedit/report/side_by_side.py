@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from locedit.report import judge, words
 from locedit.report.inputs import RunResults
 from locedit.report.numbers import number, over_seeds, with_interval
-from locedit.report.tables import Cell, Column, TableView, measure_cell, texts
+from locedit.report.tables import Cell, Column, TableView, measure_cell, name_cell, texts
 from locedit.results import Measure, Role
 
 
@@ -13,7 +13,8 @@ def side_by_side(runs: Sequence[RunResults]) -> TableView:
     """The edit, the key measures before and after, the controls, the attacks and the verdict of each run."""
     rows = [[Cell(text="edit"), *texts(*(words.action(run) if run.edit or run.components else None for run in runs))]]
     for dataset, name in dict.fromkeys(key for run in runs for key in _key_measures(run)):
-        rows.append([Cell(text=f"{dataset} {name.replace('_', ' ')}"), *(_change(run, dataset, name) for run in runs)])
+        first = name_cell(name, f"{dataset} {name.replace('_', ' ')}")
+        rows.append([first, *(_change(run, dataset, name) for run in runs)])
     rows += _control_rows(runs)
     rows.append([Cell(text="verdict"), *texts(*(words.verdict(run).label for run in runs))])
     kept = [row for row in rows if any(cell.text for cell in row[1:])]

@@ -65,6 +65,15 @@ def measure_cell(measure: Measure | None) -> Cell:
     return Cell(text=with_interval(measure), sort=measure.value, hint=hint)
 
 
+def name_cell(name: str, text: str = "") -> Cell:
+    """A metric's name, or `text` in its place, with its card as the hint; no hint for what is no metric."""
+    from locedit.evaluate.metric_card import card_text
+    from locedit.evaluate.registry import METRICS
+
+    hint = card_text(name, METRICS[name]) if name in METRICS else ""
+    return Cell(text=text or name.replace("_", " "), hint=hint)
+
+
 def _without_empty(table: TableView) -> TableView:
     """The table without the columns that are empty in every row."""
     kept = [i for i in range(len(table.columns)) if any(row[i].text for row in table.rows)]
@@ -96,9 +105,9 @@ def measures(evaluation: Evaluation, *, parts: bool = False) -> TableView:
         stages[measure.stage][measure.key] = measure
     rows = [
         [
-            *texts(
-                m.dataset, m.name.replace("_", " "), m.group, m.unit if m.unit != m.name else "", BETTER[m.direction]
-            ),
+            *texts(m.dataset),
+            name_cell(m.name),
+            *texts(m.group, m.unit if m.unit != m.name else "", BETTER[m.direction]),
             measure_cell(stages["before"].get(key)),
             measure_cell(stages["after"].get(key)),
             measure_cell(stages["attacked"].get(key)),
@@ -120,18 +129,19 @@ def measures(evaluation: Evaluation, *, parts: bool = False) -> TableView:
 
 
 def definitions(evaluation: Evaluation) -> TableView | None:
-    """What each measure is, what a model that never knew gets, and where it is from; None where no measure is known."""
+    """What each known measure is, what a model that never knew gets, and how it misleads; None where none is known."""
     from locedit.evaluate.registry import METRICS
 
     names = dict.fromkeys(m.name for m in evaluation.measures)
     known = [(name, METRICS[name]) for name in names if name in METRICS]
     if not known:
         return None
-    rows = [texts(name.replace("_", " "), m.definition, m.chance, m.paper) for name, m in known]
+    rows = [[name_cell(name), *texts(m.definition, m.chance, m.failure, m.paper)] for name, m in known]
     columns = [
         Column(name="measure"),
         Column(name="definition", wide=True),
         Column(name="chance"),
+        Column(name="known failure", wide=True),
         Column(name="source"),
     ]
     return _without_empty(TableView(title="What the measures are", columns=columns, rows=rows, folded=True))
@@ -181,7 +191,7 @@ def attack_measures(result: AttackResult) -> TableView | None:
     if not result.measures:
         return None
     rows = [
-        [*texts(m.key, m.stage, BETTER[m.direction]), measure_cell(m), *texts(m.note)]
+        [name_cell(m.name, m.key), *texts(m.stage, BETTER[m.direction]), measure_cell(m), *texts(m.note)]
         for m in (result.headline, *result.measures)
     ]
     columns = [
