@@ -99,6 +99,12 @@ class Aim:
     shared: Shared
     notes: tuple[str, ...]
 
+    @property
+    def retain(self) -> Side:
+        """All retain items, for controls and for what is fitted on them."""
+        both = self.known.items + self.kept.items
+        return Side(items=both, examples=self.known.examples + self.kept.examples, chat=self.kept.chat)
+
     def read(self, target: Target, side: Side) -> Float[Tensor, " item"]:
         """The metric of every item, without an attack."""
         ids = tuple(item.id for item in side.items)

@@ -45,7 +45,7 @@ def conditional(
 
 def _trained(aim: Aim, options: ItemOptions, opened: Mapping[Example, Sequence[Example]], *, level: float) -> Edit:
     forget = list(aim.forget.examples)
-    retain = [*aim.known.examples, *aim.kept.examples]
+    retain = list(aim.retain.examples)
     objective = Objective(
         loss=_loss,
         forget=forget,

@@ -56,6 +56,11 @@ class Findings:
     options: RelearnOptions
     how: How
     notes: Sequence[str]
+    name: str = "relearn"
+    fed: str = ""
+    'what was trained on, such as "4 items"; empty = half of the items'
+    rest: str = "the half that was not relearned"
+    "what is measured, in words"
 
     def arm(self, role: Role) -> Arm | None:
         return next((arm for arm in self.arms if arm.role == role), None)
@@ -103,7 +108,7 @@ def finding(found: Findings) -> AttackResult:
     """The result of the attack."""
     notes = [*found.notes, *_doubts(found)]
     return AttackResult(
-        name="relearn",
+        name=found.name,
         sentence=sentence(found),
         headline=_share_measure(found, found.arms[0], note="; ".join(notes)),
         curves=tuple(_curve(found, arm, run) for arm in found.arms for run in arm.runs),
@@ -137,14 +142,11 @@ def sentence(found: Findings) -> str:
     """The finding in one sentence."""
     main = found.arms[0]
     share = found.share(main)
-    items = sorted({len(halves.relearned) for halves in main.halves})
-    by = divided_by(main.items)
-    people = "" if by == "item" else f" of {_span(sorted({_owners(main, halves) for halves in main.halves}))} {by}s"
     steps = _span(sorted({dose.steps for dose in found.doses.values()}))
     left = found.left.value
     kept = f"The edit itself left {left:.0%} in place. " if left >= LEFT else ""
-    text = f"{kept}{_verdict(share, left)} with {_span(items)} items{people} and {steps} steps: "
-    text += f"the half that was not relearned stands at {_mean(found.back(main))} {_plain(found.metric)} "
+    text = f"{kept}{_verdict(share, left)} with {found.fed or _half(main)} and {steps} steps: "
+    text += f"{found.rest} stands at {_mean(found.back(main))} {_plain(found.metric)} "
     text += f"({_mean(found.before)} before the edit, {_mean(found.after)} after it"
     never = found.arm("never knew")
     text += f"; items never known reach {_mean(found.back(never))})" if never else ")"
@@ -152,6 +154,14 @@ def sentence(found: Findings) -> str:
     if len(found.retain_ids):
         text += f"; retain {_mean(found.retained(main))} ({_mean(found.retain_after)} before the attack)"
     return text + "."
+
+
+def _half(main: Arm) -> str:
+    """As in "20 items of 5 subjects"."""
+    items = sorted({len(halves.relearned) for halves in main.halves})
+    by = divided_by(main.items)
+    people = "" if by == "item" else f" of {_span(sorted({_owners(main, halves) for halves in main.halves}))} {by}s"
+    return f"{_span(items)} items{people}"
 
 
 def _verdict(share: Estimate, left: float) -> str:

@@ -70,6 +70,12 @@ class ItemAttack(ABC, Generic[Options]):
     reads_itself: ClassVar[bool] = False
     "whether its number exists only under the attack (a probe): what was known before is then read off the same way"
 
+    harms: ClassVar[bool] = True
+    "whether the same attack acts on other items too; False: on each item by itself, so there is no retain side"
+
+    no_control: ClassVar[str] = "there is no edit made to come back under this attack: a failure proves little"
+    "said where there is no positive control"
+
     def __init__(self, options: Options) -> None:
         self.options = options
         self.notes: list[str] = []
@@ -86,6 +92,14 @@ class ItemAttack(ABC, Generic[Options]):
     @abstractmethod
     def attack(self, target: Target, learned: Side, measured: Mapping[str, Side], aim: Aim) -> Values:
         """The metric of the measured items under attack; `learned` are the items it may learn from."""
+
+    def fixed(self) -> int | None:
+        """The dose that counts, where it is not to be chosen by what comes back."""
+        return None
+
+    def guess(self, aim: Aim) -> tuple[str, Float[Tensor, " item"]] | None:  # noqa: ARG002
+        """What can be had of the forget items without looking at the model, and how; None = nothing to name."""
+        return None
 
     def control(self, aim: Aim, *, level: float) -> Control | None:  # noqa: ARG002
         """An edit that must come back under it; None = there is none. `level`: what the edit leaves of the answers."""
@@ -121,8 +135,8 @@ class Struck:
     arms: tuple[Arm, ...]
     "the attacked edit first"
     doses: tuple[Dose, ...]
-    chosen: Mapping[int, int]
-    "split -> index of the dose that counts"
+    chosen: Mapping[str, Mapping[int, int]]
+    "name of the arm -> split -> index of the dose that counts; whoever attacks another model chooses anew"
     within_floor: bool
     "False: at every dose the retain side fell below the floor"
     before: Float[Tensor, " item"]
@@ -153,21 +167,25 @@ def strike(attack: ItemAttack[Options], aim: Aim, edit: Edit, others: Mapping[st
     shallow, note = runner.shallow(level=float(after.mean()))
     arms += [shallow] if shallow else []
     arms += [runner.of_edit(role_of(name), name, other) for name, other in others.items()]
-    chosen, within = choose(found, never, kept_after, floor=attack.options.retain_floor, reads=attack.reads_itself)
+    floor = 0.0 if attack.reads_itself else attack.options.retain_floor
+    above = None if attack.reads_itself else never  # what is guessed of a state does not depend on where it is read
+    own = {
+        arm.name: choose(arm, above, kept_after, floor=floor, fixed=attack.fixed())
+        for arm in arms
+        if arm.role != "never knew"
+    }
     if attack.reads_itself:
-        unedited = next(arm for arm in arms if arm.role == "unedited")
-        own, _ = choose(unedited, never, kept_after, floor=0.0, reads=True)
-        before = unedited.back(own)
+        before = next(arm.back(own[arm.name][0]) for arm in arms if arm.role == "unedited")
     return Struck(
         aim=aim,
         arms=tuple(arms),
         doses=attack.doses(aim),
-        chosen=chosen,
-        within_floor=within,
+        chosen={name: doses for name, (doses, _) in own.items()},
+        within_floor=own[found.name][1],
         before=before,
         after=after,
         kept_after=kept_after,
-        kept_attacked=_kept(found, chosen),
+        kept_attacked=_kept(found, own[found.name][0]),
         notes=(*aim.notes, *([note] if note else []), *dict.fromkeys(attack.notes)),
     )
 
@@ -183,7 +201,7 @@ class _Runner(Generic[Options]):
         self.done, self.total = 0, runs * (len(aim.forget_halves) if attack.learns else 1)
 
     def arm(self, role: Role, name: str, target: Target) -> Arm:
-        measured = {"retain": self.aim.kept} if len(self.aim.kept) else {}
+        measured = {"retain": self.aim.kept} if len(self.aim.kept) and self.strike.harms else {}
         return self._arm(role, name, target, self.aim.forget, self.aim.forget_halves, more=measured)
 
     def never_known(self, target: Target) -> Arm | None:
@@ -200,7 +218,7 @@ class _Runner(Generic[Options]):
             return None, ""
         control = self.strike.control(self.aim, level=level)
         if control is None:
-            return None, "there is no edit made to come back under this attack: that little comes back proves little"
+            return None, self.strike.no_control
         return self.of_edit("shallow", control.words, control.edit), control.note
 
     def of_edit(self, role: Role, name: str, edit: Edit) -> Arm:
@@ -238,29 +256,26 @@ class _Runner(Generic[Options]):
 
 
 def choose(
-    found: Arm, never: Arm | None, kept: Float[Tensor, " kept"], *, floor: float, reads: bool
+    arm: Arm, never: Arm | None, kept: Float[Tensor, " kept"], *, floor: float, fixed: int | None = None
 ) -> tuple[dict[int, int], bool]:
     """For each split the dose at which most is back on its mirror, above items never known; and whether retain is kept.
 
-    Of equals the first. Where every dose breaks the retain side, the one that breaks it least. An attack that reads
-    itself breaks nothing.
+    Retain is kept where it is at least `floor` of `kept`. Of equal doses the first counts; where every dose breaks the
+    retain side, the one that breaks it least. `fixed` leaves nothing to choose.
     """
     chosen: dict[int, int] = {}
     within = True
-    for split in range(len(found.halves)):
-        mirror = split ^ 1 if len(found.halves) > 1 else split
-        margin = found.at(mirror).mean(1)
+    for split in range(len(arm.halves)):
+        mirror = split ^ 1 if len(arm.halves) > 1 else split
+        margin = arm.at(mirror).mean(1)
         if never is not None:
             margin = margin - never.at(mirror).mean(1)
-        retain = found.splits[mirror].get("retain")
-        if retain is None or reads:
-            chosen[split] = int(margin.round(decimals=6).argmax())
-            continue
-        level = retain.mean(1)
-        fits = level >= floor * kept.mean() - 1e-9
+        retain = arm.splits[mirror].get("retain")
+        level = None if retain is None or floor <= 0 else retain.mean(1)
+        fits = torch.ones(len(margin), dtype=torch.bool) if level is None else level >= floor * kept.mean() - 1e-9
         within &= bool(fits.any())
-        ranked = margin.masked_fill(~fits, -torch.inf) if bool(fits.any()) else level
-        chosen[split] = int(ranked.round(decimals=6).argmax())
+        ranked = margin.masked_fill(~fits, -torch.inf) if level is None or bool(fits.any()) else level
+        chosen[split] = int(ranked.round(decimals=6).argmax()) if fixed is None else fixed
     return chosen, within
 
 

@@ -37,6 +37,8 @@ class RelearnOptions(ControlOptions):
 
     splits: int = 2
     "random halves, in mirrored pairs; an even number"
+    items: int | None = None
+    "relearned items at most, drawn from the half; None = all of it"
     steps: int = 60
     "optimizer steps at most"
     learning_rates: tuple[float, ...] = (2e-4, 1e-3)
@@ -62,6 +64,8 @@ class RelearnOptions(ControlOptions):
         for name in ("steps", "look_every", "batch_size", "lora_rank"):
             if getattr(self, name) < 1:
                 raise LoceditError(f"relearn: {name}={getattr(self, name)!r} must be at least 1")
+        if self.items is not None and self.items < 1:
+            raise LoceditError(f"relearn: items={self.items!r} must be at least 1")
         if self.splits < 2 or self.splits % 2:
             raise LoceditError(f"relearn: splits={self.splits!r} must be an even number: splits come in mirrored pairs")
         if not self.learning_rates or min(self.learning_rates) <= 0:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.aim import Side, aimed
-from locedit.attacks.item_attack import Arm, ItemAttack, Options, Struck, strike
+from locedit.attacks.item_attack import Arm, Dose, ItemAttack, Options, Struck, strike
 from locedit.attacks.measures import level_measure, share_measure
 from locedit.attacks.recovery import share_back
 from locedit.attacks.shared import Shared
@@ -60,15 +60,21 @@ class Outcome:
             headline=share_measure(self.share(self.main), len(self.main.side), note="; ".join(notes)),
             curves=tuple(self._curves()),
             measures=tuple(self._measures()),
-            settings=plain(self.options) | {"doses": [str(self.found.doses[at]) for at in self.found.chosen.values()]},
+            settings=plain(self.options)
+            | {"doses": [str(self.found.doses[at]) for at in self.found.chosen[self.main.name].values()]},
             note="; ".join(notes),
         )
 
     # --- numbers -----------------------------------------------------------------------------------------------------
 
     def back(self, arm: Arm) -> Float[Tensor, " item"]:
-        """Metric of each of the arm's items under attack, at the dose that counts."""
-        return arm.back(self.found.chosen)
+        """Metric of each of the arm's items under attack, at the dose that counts for it."""
+        return arm.back(self.found.chosen[arm.name])
+
+    def never(self, arm: Arm) -> Float[Tensor, " item"] | None:
+        """The same of items never known, at the arm's dose."""
+        control = self.found.arm("never knew")
+        return None if control is None else control.back(self.found.chosen[arm.name])
 
     def share(self, arm: Arm) -> Estimate:
         """How much of what was known is there under attack on that arm, above what was never known."""
@@ -77,7 +83,7 @@ class Outcome:
             self.back(arm),
             self.found.before,
             owners=arm.side.owners,
-            control=None if never is None else self.back(never),
+            control=self.never(arm),
             control_owners=[] if never is None else never.side.owners,
             draws=self.options.draws,
             seed=self.options.seed,
@@ -101,22 +107,27 @@ class Outcome:
     def sentence(self) -> str:
         """The finding in one sentence."""
         found, metric = self.found, self.found.aim.metric.replace("_", " ")
-        never = found.arm("never knew")
+        never = self.never(self.main)
         text = f"{self.attack.lead}{self._at()} {verdict(self.share(self.main))}: forget {metric} "
         before = "read off likewise before the edit" if self.attack.reads_itself else "before the edit"
         text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {before}, {_mean(found.after)} after it"
-        text += f"; items never known reach {_mean(self.back(never))})" if never else ")"
+        text += f"; items never known reach {_mean(never)})" if never is not None else ")"
+        if (guess := self.attack.guess(found.aim)) is not None:
+            text += f"; the {guess[0]} alone: {_mean(guess[1])}"
         text += "".join(f"; {part}" for part in self._comparisons())
         if len(found.kept_attacked) and not self.attack.reads_itself:
             text += f"; retain {_mean(found.kept_attacked)} ({_mean(found.kept_after)} before the attack)"
         return text + "."
 
+    def _doses(self) -> list[Dose]:
+        """Those that count, one a split."""
+        return [self.found.doses[at] for at in self.found.chosen[self.main.name].values()]
+
     def _at(self) -> str:
         """The doses that count, where there was a choice."""
-        doses = [self.found.doses[at] for at in self.found.chosen.values()]
         if len(self.found.doses) == 1:
             return ","
-        named = " and ".join(dict.fromkeys(map(str, doses)))
+        named = " and ".join(dict.fromkeys(map(str, self._doses())))
         return f" ({self.attack.x_name} {named}),"
 
     def _comparisons(self) -> list[str]:
@@ -153,7 +164,7 @@ class Outcome:
         if lead:
             x = [self.attack.start, *x]
             columns = {name: [lead[name], *column] for name, column in columns.items()}
-        at = self.found.chosen[split]
+        at = self.found.chosen[self.main.name if arm.role == "never knew" else arm.name][split]
         return Curve(
             name=f"{arm.name} ({track})" if track else arm.name,
             role=arm.role,
@@ -183,8 +194,11 @@ class Outcome:
         ]
         for role in dict.fromkeys(arm.role for arm in found.arms[1:]):
             arms = [arm for arm in found.arms if arm.role == role]
-            values = torch.stack([self.back(arm) for arm in arms]).mean(0)
+            backs = [self.never(self.main) if role == "never knew" else self.back(arm) for arm in arms]
+            values = torch.stack([back for back in backs if back is not None]).mean(0)
             made.append(self._level(values, arms[0].side, arms[0].data, "attacked", group=role))
+        if (guess := self.attack.guess(found.aim)) is not None:
+            made.append(self._level(guess[1], forget, "forget", "attacked", group=guess[0]))
         if len(found.kept_attacked):
             made.append(self._level(found.kept_after, found.aim.kept, "retain", "after"))
             made.append(self._level(found.kept_attacked, found.aim.kept, "retain", "attacked"))

@@ -37,6 +37,20 @@ def relearn(
     most came back in its mirrored split with the retain side kept; controls and others are attacked with the same.
     """
     chosen = fill(RelearnOptions, options, method="relearn")
-    with measure("relearn", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
-        found = Relearning(model, task, edit, others or {}, chosen, shared=shared or Shared()).findings()
+    return relearned(Relearning, model, task, edit, others=others, shared=shared, options=chosen)
+
+
+def relearned(
+    kind: type[Relearning],
+    model: Model,
+    task: Task,
+    edit: Edit,
+    *,
+    others: Mapping[str, Edit] | None,
+    shared: Shared | None,
+    options: RelearnOptions,
+) -> AttackResult:
+    """The result of one kind of relearning."""
+    with measure(kind.name, model=model, data=task, settings=options, seed=options.seed) as record:
+        found = kind(model, task, edit, others or {}, options, shared=shared or Shared()).findings()
     return dataclasses.replace(finding(found), provenance=record.provenance)

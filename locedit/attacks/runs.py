@@ -1,6 +1,9 @@
 """The runs of a relearning attack: the edited model, its controls, and other edits, each on every split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from locedit.attacks.shallow import suppressed
 from locedit.attacks.shared import Shared
 from locedit.attacks.splits import Halves, as_many, keys, mirrored_halves
 from locedit.data.encode import Example, encode
-from locedit.data.items import Task
+from locedit.data.items import Item, Task
 from locedit.edit import Edit
 from locedit.edit.levels import levels
 from locedit.models import Model
@@ -23,7 +26,12 @@ from locedit.results import Role
 
 
 class Relearning:
-    """The data of one attack, encoded and split, and the runs on it."""
+    """The data of one attack, encoded and split, and the runs on it. Subclasses train on something else."""
+
+    name: ClassVar[str] = "relearn"
+    fed: str = ""
+    "what is trained on, in words; empty = half of the items"
+    rest: ClassVar[str] = "the half that was not relearned"
 
     def __init__(
         self,
@@ -35,17 +43,28 @@ class Relearning:
         *,
         shared: Shared,
     ) -> None:
-        self.shared = shared
-        self.model, self.task, self.edit, self.others, self.options = model, task, edit, others, options
+        self.shared, self.options = shared, options
+        given, task = task, self.prepared(task)
+        self.model, self.task, self.edit, self.others = model, task, edit, others
         asked = None if options.metric == "auto" else options.metric
         self.metric: Metric = metric_of(task.forget, asked, by="relearn")
         self.how: How
         self.how, self.why_how = _how(model, options)
+        if options.items is not None:
+            self.fed = f"{options.items} items" if options.items > 1 else "one item"
         self.forget = list(task.forget)
         self.examples = encode(model, task.forget)
         self.halves = mirrored_halves(self.forget, splits=options.splits, seed=options.seed, what="relearn: forget")
         self.diet, self.kept = self._retain()
+        self.started(given)
         self.done, self.total = 0, self._count()
+
+    def prepared(self, task: Task) -> Task:
+        """The task whose items are measured. Raises LoceditError where something is missing."""
+        return task
+
+    def started(self, task: Task) -> None:
+        """Called with the task as it was given, when all else is ready."""
 
     def _count(self) -> int:
         controls = 1 + self.options.shallow if self.options.controls else 0
@@ -68,10 +87,10 @@ class Relearning:
 
     def findings(self) -> Findings:
         """Every arm, run."""
-        before = values_of(self.model, self.examples, self.metric)
-        with self.edit.applied(self.model) as edited:
+        before, rates = values_of(self.model, self.examples, self.metric), self.options.learning_rates
+        with self.entered(self.edit) as edited:
             runs = {
-                split: [self._run(edited, self.examples, halves, split, rate) for rate in self.options.learning_rates]
+                split: [self._run(edited, self.forget, self.examples, halves, split, rate) for rate in rates]
                 for split, halves in enumerate(self.halves)
             }
             doses = doses_by_mirror(runs, floor=self.options.retain_floor)
@@ -104,6 +123,9 @@ class Relearning:
             options=self.options,
             how=self.how,
             notes=[note for note in notes if note],
+            name=self.name,
+            fed=self.fed,
+            rest=self.rest,
         )
 
     def _never_known(self, edited: Model, doses: Mapping[int, Dose]) -> tuple[Arm | None, str]:
@@ -116,7 +138,8 @@ class Relearning:
         items = as_many(list(heldout), owners=len(set(keys(self.forget))), seed=self.options.seed)
         halves = mirrored_halves(items, splits=self.options.splits, seed=self.options.seed, what="relearn: heldout")
         examples = encode(self.model, heldout.replace(items))
-        runs = [self._run(edited, examples, half, at, doses[at].learning_rate) for at, half in enumerate(halves)]
+        rates = [doses[at].learning_rate for at in range(len(halves))]
+        runs = [self._run(edited, items, examples, half, at, rates[at]) for at, half in enumerate(halves)]
         return Arm(role="never knew", name="never known", runs=runs, halves=halves, items=items), ""
 
     def _shallow(self, doses: Mapping[int, Dose], *, level: float) -> tuple[Arm | None, str]:
@@ -132,19 +155,40 @@ class Relearning:
         return arm, "" if reached else missed
 
     def _of_edit(self, role: Role, name: str, edit: Edit, doses: Mapping[int, Dose]) -> Arm:
-        with edit.applied(self.model) as edited:
+        with self.entered(edit) as edited:
             runs = [
-                self._run(edited, self.examples, halves, at, doses[at].learning_rate)
+                self._run(edited, self.forget, self.examples, halves, at, doses[at].learning_rate)
                 for at, halves in enumerate(self.halves)
             ]
         return Arm(role=role, name=name, runs=runs, halves=self.halves, items=self.forget)
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def _run(self, edited: Model, examples: Sequence[Example], halves: Halves, split: int, rate: float) -> Run:
+    @contextmanager
+    def entered(self, edit: Edit) -> Generator[Model]:
+        """The model that is fine-tuned: inside the edit."""
+        with edit.applied(self.model) as edited:
+            yield edited
+
+    def relearned(self, items: Sequence[Item], examples: Sequence[Example], halves: Halves) -> list[Example]:  # noqa: ARG002
+        """What is trained on, of items of which one half may be: all of that half, or so many of it."""
+        chosen = list(halves.relearned)
+        if self.options.items is not None and len(chosen) > self.options.items:
+            chosen = Random(f"{self.options.seed} few").sample(chosen, self.options.items)
+        return [examples[at] for at in sorted(chosen)]
+
+    def _run(
+        self,
+        edited: Model,
+        items: Sequence[Item],
+        examples: Sequence[Example],
+        halves: Halves,
+        split: int,
+        rate: float,
+    ) -> Run:
         options = self.options
         measured = [examples[at] for at in halves.measured]
-        relearned = [examples[at] for at in halves.relearned]
+        relearned = self.relearned(items, examples, halves)
         diet = Diet(
             relearned=relearned,
             retain=self.diet,

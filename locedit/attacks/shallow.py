@@ -48,7 +48,7 @@ def suppression(
         steps=steps, learning_rate=learning_rate, batch_size=16, until=max(level, LOWEST), eval_every=10, seed=seed
     )
     objective = Objective(
-        loss=_loss, forget=forget, retain=retain or None, probes={"forget": forget}, name="shallow control"
+        loss=suppression_loss, forget=forget, retain=retain or None, probes={"forget": forget}, name="shallow control"
     )
     most = min(model.n_layers, max(2, model.n_layers // 3))
     count, edit = 1, _in_last(model, 1, objective, options)
@@ -96,7 +96,7 @@ def _in_last(model: Model, count: int, objective: Objective, options: TrainOptio
     return train(model, objective, within=within, options=options)
 
 
-def _loss(step: Step) -> dict[str, Tensor]:
+def suppression_loss(step: Step) -> dict[str, Tensor]:
     terms = {"unlikelihood": unlikelihood(token_log_probs(step.score(step.forget))).mean()}
     if step.retain is not None:
         terms["retain"] = sequence_nll(step.score(step.retain)).mean()

@@ -70,7 +70,7 @@ def attack(result: AttackResult) -> str:
 
 def attack_ends(result: AttackResult, roles: Sequence[Role]) -> str:
     """Where the given roles stand at the dose that counts, with what is retained there."""
-    return "; ".join(_end(role, curves) for role in roles if (curves := [c for c in result.curves if c.role == role]))
+    return "; ".join(_end(role, curves) for role in roles if (curves := judge.at_dose(result.curves, role)))
 
 
 def _end(role: Role, curves: Sequence[Curve]) -> str:

@@ -1,5 +1,6 @@
 """What the numbers allow one to say: the thresholds behind the words of a report, in one place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
@@ -129,9 +130,15 @@ def dose_index(curve: Curve) -> int:
     return -1 if curve.matched is None else curve.matched
 
 
+def at_dose(curves: Sequence[Curve], role: Role) -> list[Curve]:
+    """The curves of a role on which the dose that counts lies, where any names it; else all of them."""
+    own = [c for c in curves if c.role == role]
+    return [c for c in own if c.matched is not None] or own
+
+
 def at_end(result: AttackResult, role: Role) -> Spread | None:
     """What the attack reaches for a role, on the scale of its curves' main column, averaged over splits and seeds."""
-    reached = [c.columns[main_column(c)][dose_index(c)] for c in result.curves if c.role == role]
+    reached = [c.columns[main_column(c)][dose_index(c)] for c in at_dose(result.curves, role)]
     return spread(reached) if reached else None
 
 
@@ -139,8 +146,8 @@ def attack_retain(result: AttackResult) -> tuple[float, float] | None:
     """The retain column of the found curves before the attack and at its dose, averaged; None where not measured."""
     pairs = [
         (c.columns[name][0], c.columns[name][dose_index(c)])
-        for c in result.curves
-        if c.role == "found" and (name := retain_column(c))
+        for c in at_dose(result.curves, "found")
+        if (name := retain_column(c))
     ]
     return (fmean(start for start, _ in pairs), fmean(end for _, end in pairs)) if pairs else None
 

@@ -178,6 +178,8 @@ def label(curve: Curve, run: Run) -> str:
     """The role in words (for role "other" the curve's own name), behind the run's name where there are several runs."""
     names = NAMES if main_column(curve) == "forget" else UNDER_ATTACK
     role = plain(curve.name) if curve.role == "other" else names[curve.role]
+    if curve.track and curve.role != "other":
+        role += f" ({plain(curve.track)})"
     return role if run is None else f"{plain(run[1])}: {role}"
 
 

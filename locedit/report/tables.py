@@ -130,13 +130,14 @@ def measures(evaluation: Evaluation, *, parts: bool = False) -> TableView:
 
 def definitions(evaluation: Evaluation) -> TableView | None:
     """What each known measure is, what a model that never knew gets, and how it misleads; None where none is known."""
+    from locedit.evaluate.metric_card import OWN
     from locedit.evaluate.registry import METRICS
 
     names = dict.fromkeys(m.name for m in evaluation.measures)
     known = [(name, METRICS[name]) for name in names if name in METRICS]
     if not known:
         return None
-    rows = [[name_cell(name), *texts(m.definition, m.chance, m.failure, m.paper)] for name, m in known]
+    rows = [[name_cell(name), *texts(m.definition, m.chance, m.failure, m.paper or OWN)] for name, m in known]
     columns = [
         Column(name="measure"),
         Column(name="definition", wide=True),
