@@ -7,6 +7,7 @@ from locedit.attacks.dropping import drop_layer, drop_token
 from locedit.attacks.few_shot import FewShotOptions, few_shot
 from locedit.attacks.interpolation import InterpolationOptions, interpolation
 from locedit.attacks.jailbreak import JailbreakOptions, jailbreak
+from locedit.attacks.latent import LatentOptions, latent
 from locedit.attacks.logit_lens import LogitLensOptions, logit_lens
 from locedit.attacks.options import RelearnOptions
 from locedit.attacks.probe import ProbeOptions, probe
@@ -21,6 +22,8 @@ from locedit.attacks.relearning_otherwise import (
     relearn_format,
     relearn_quantized,
 )
+from locedit.attacks.soft_prompt import SoftPromptOptions, soft_prompt
+from locedit.attacks.suffix import SuffixOptions, suffix
 
 SHARE = "share_back = (forget items under attack - items never known) / (before the edit - items never known)"
 
@@ -42,6 +45,35 @@ ATTACKS: dict[str, Attack] = {
         kinds=("fact", "private"),
         definition=f"ask inside a sentence that insists on the answer; {SHARE}",
         paper="after Lynch et al. 2024, arXiv:2402.16835, section 3",
+    ),
+    "suffix": Attack(
+        function=suffix,
+        options=SuffixOptions,
+        access="prompting",
+        requires=("forget",),
+        definition="search by gradients for tokens between prompt and answer that are the same for all items, on other "
+        f"owners (beside it: on other relations of the same owners, and on the same items); {SHARE}",
+        paper="Yuan et al. 2024, arXiv:2408.10682 (dynamic unlearning attack); search of Zou et al. 2023, "
+        "arXiv:2307.15043",
+    ),
+    "soft_prompt": Attack(
+        function=soft_prompt,
+        options=SoftPromptOptions,
+        access="activations",
+        requires=("forget",),
+        definition=f"learn embeddings that stand before every text, on the other half and retain items; {SHARE}",
+        paper="prompt tuning of Lester et al. 2021, arXiv:2104.08691; as an attack after Guo et al. 2024, "
+        "arXiv:2410.12949, and Schwinn et al. 2024, arXiv:2402.09063",
+    ),
+    "latent": Attack(
+        function=latent,
+        options=LatentOptions,
+        access="activations",
+        requires=("forget",),
+        definition="perturb the residual stream at an early layer towards the true answer of each item, items never "
+        f"known as well; {SHARE}",
+        paper="Yuan et al. 2024, arXiv:2408.10682 (inner attack of latent adversarial unlearning); compare Schwinn et "
+        "al. 2024, arXiv:2402.09063",
     ),
     "probe": Attack(
         function=probe,
