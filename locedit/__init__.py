@@ -24,6 +24,7 @@ _HOMES = {
     "compare": "locedit.controls",
     "find_spans": "locedit.spans",
     "grade": "locedit.grading",
+    "harness": "locedit.evaluate.harness",
     "load": "locedit.models",
     "make_anchors": "locedit.unlearn.anchors",
     "mean": "locedit.edit",
@@ -52,6 +53,7 @@ __all__ = [
     "evaluate",
     "find_spans",
     "grade",
+    "harness",
     "lab",
     "load",
     "localize",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from locedit.edit import Edit, mean, scale, zero
     from locedit.errors import LoceditError
     from locedit.evaluate import evaluate
+    from locedit.evaluate.harness import harness
     from locedit.grading import grade
     from locedit.lab import lab
     from locedit.localize import localize

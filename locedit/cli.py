@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for add in (_demo, _check, _lab, _localize, _circuit, _edit, _evaluate, _report, _export, _grade, _study, _spans):
         add(commands)
-    for add in (_sisa, _methods, _metrics):
+    for add in (_sisa, _harness, _methods, _metrics):
         add(commands)
     return parser
 
@@ -323,6 +323,29 @@ def _grade(commands: Commands) -> None:  # type: ignore[type-arg]
         help="planted, deletion, oracle (default all three)",
     )
     _out(parser)
+
+
+def _harness(commands: Commands) -> None:  # type: ignore[type-arg]
+    parser = _command(
+        commands,
+        "harness",
+        "run tasks of lm-evaluation-harness before and after an edit",
+        "Needs the extra: pip install 'locedit[harness]'. The data of its built-in tasks come from the hub; tasks of "
+        "--include-path may have local data, and then nothing is downloaded.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder with a transformers model, or a hub id")
+    parser.add_argument(
+        "--tasks", required=True, metavar="NAME,...", help="as of lm_eval, e.g. arc_easy,lambada_openai"
+    )
+    parser.add_argument("--edit", metavar="FOLDER", help="an edit folder; without it the model is measured as it is")
+    parser.add_argument("--include-path", metavar="FOLDER", help="further tasks, as YAML files of the harness")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: each task's own)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows in a forward pass (default 8)")
+    _placement(parser)
+    _out(parser, required=False)
 
 
 def _study(commands: Commands) -> None:  # type: ignore[type-arg]

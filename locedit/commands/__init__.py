@@ -6,6 +6,7 @@ from locedit.commands.circuit import circuit_command
 from locedit.commands.edit import edit_command, export_command
 from locedit.commands.evaluate import evaluate_command, report_command
 from locedit.commands.grade import grade_command
+from locedit.commands.harness import harness_command
 from locedit.commands.localize import localize_command
 from locedit.commands.others import check_command, demo_command, lab_command
 from locedit.commands.sisa import sisa_command
@@ -30,6 +31,7 @@ _COMMANDS = {
     "evaluate": evaluate_command,
     "export": export_command,
     "grade": grade_command,
+    "harness": harness_command,
     "lab": lab_command,
     "localize": localize_command,
     "methods": methods_command,
