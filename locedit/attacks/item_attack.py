@@ -6,6 +6,7 @@ counts on one half of the items is the one at which most came back on the other 
 retain side kept; so no item takes part in choosing the dose at which it is counted.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Dose:
 class Control:
     """An edit made to come back under an attack: where it does not, the attack proves nothing."""
 
-    edit: Edit
+    edit: Edit | tuple[Edit | None, ...]
+    "one for all doses, or for each dose its own, judged at this dose alone; None where there is none, but not all None"
     words: str
     'what it is, such as "suppression in the last MLP"'
     note: str = ""
@@ -63,8 +65,6 @@ class ItemAttack(ABC, Generic[Options]):
     lead: ClassVar[str]
     'how the finding begins, such as "With solved examples before the question"'
     x_name: ClassVar[str]
-    start: ClassVar[float] = 0.0
-    "x without the attack"
     learns: ClassVar[bool] = False
     "whether it learns from items; then from those of the half that is not measured"
     reads_itself: ClassVar[bool] = False
@@ -84,6 +84,10 @@ class ItemAttack(ABC, Generic[Options]):
     def narrow(self, model: Model, data: Dataset) -> list[Item]:  # noqa: ARG002
         """The items of a data set that it can be read of."""
         return list(data)
+
+    def start(self, aim: Aim) -> float:  # noqa: ARG002
+        """x without the attack."""
+        return 0.0
 
     @abstractmethod
     def doses(self, aim: Aim) -> tuple[Dose, ...]:
@@ -117,14 +121,26 @@ class Arm:
     side: Side
     data: str = "forget"
     "the data set whose items are measured: heldout for the control that never knew"
+    judged: tuple[int, ...] | None = None
+    "the doses at which it says anything; None = all"
 
     def at(self, split: int) -> Float[Tensor, "dose item"]:
         return self.splits[split][self.data]
 
     def back(self, doses: Mapping[int, int]) -> Float[Tensor, " item"]:
-        """Metric of each item at the dose that counts, averaged over the splits that measured it."""
-        parts = [(half.measured, self.at(split)[doses[split]]) for split, half in enumerate(self.halves)]
+        """Metric of each item at the dose that counts, averaged over the splits that measured it.
+
+        Where the arm says nothing at this dose, the last at which it does counts instead.
+        """
+        parts = [(half.measured, self.at(split)[self._judged(doses[split])]) for split, half in enumerate(self.halves)]
         return mean_by_item(parts, count=len(self.side))
+
+    def says(self, dose: int) -> bool:
+        """Whether it says anything at this dose."""
+        return self._judged(dose) == dose
+
+    def _judged(self, dose: int) -> int:
+        return dose if self.judged is None or dose in self.judged else self.judged[-1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,7 +235,12 @@ class _Runner(Generic[Options]):
         control = self.strike.control(self.aim, level=level)
         if control is None:
             return None, self.strike.no_control
-        return self.of_edit("shallow", control.words, control.edit), control.note
+        if isinstance(control.edit, Edit):
+            return self.of_edit("shallow", control.words, control.edit), control.note
+        edits = {dose: edit for dose, edit in enumerate(control.edit) if edit is not None}
+        self.total += len(edits) - 1
+        arms = {dose: self.of_edit("shallow", control.words, edit) for dose, edit in edits.items()}
+        return _each_at_its_dose(arms), control.note
 
     def of_edit(self, role: Role, name: str, edit: Edit) -> Arm:
         with edit.applied(self.aim.model) as edited:
@@ -253,6 +274,19 @@ class _Runner(Generic[Options]):
         self.done += 1
         report(self.strike.name, self.done, self.total)
         return {name: values.double().cpu() for name, values in found.items()}
+
+
+def _each_at_its_dose(arms: Mapping[int, Arm]) -> Arm:
+    """Dose -> the arm that is judged there, as one arm; no number at the other doses."""
+    first = next(iter(arms.values()))
+    splits: list[Values] = []
+    for split, values in enumerate(first.splits):
+        made = {name: torch.full_like(found, torch.nan) for name, found in values.items()}
+        for dose, arm in arms.items():
+            for name, rows in made.items():
+                rows[dose] = arm.splits[split][name][dose]
+        splits.append(made)
+    return dataclasses.replace(first, splits=tuple(splits), judged=tuple(arms))
 
 
 def choose(

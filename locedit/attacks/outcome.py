@@ -154,7 +154,7 @@ class Outcome:
 
     def _curve(self, arm: Arm, split: int, track: str) -> Curve:
         """Mean metric at every dose of a track, from the state without the attack where there is one."""
-        places = [at for at, dose in enumerate(self.found.doses) if dose.track == track]
+        places = [at for at, dose in enumerate(self.found.doses) if dose.track == track and arm.says(at)]
         values = arm.splits[split]
         columns = {"recovered": values[arm.data].mean(1)[places].tolist()}
         if "retain" in values and not self.attack.reads_itself and values["retain"].shape[1]:
@@ -162,7 +162,7 @@ class Outcome:
         x = [self.found.doses[at].x for at in places]
         lead = self._start(arm, split) if not self.attack.reads_itself else {}
         if lead:
-            x = [self.attack.start, *x]
+            x = [self.attack.start(self.found.aim), *x]
             columns = {name: [lead[name], *column] for name, column in columns.items()}
         at = self.found.chosen[self.main.name if arm.role == "never knew" else arm.name][split]
         return Curve(

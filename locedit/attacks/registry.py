@@ -11,6 +11,7 @@ from locedit.attacks.latent import LatentOptions, latent
 from locedit.attacks.logit_lens import LogitLensOptions, logit_lens
 from locedit.attacks.options import RelearnOptions
 from locedit.attacks.probe import ProbeOptions, probe
+from locedit.attacks.quantization import QuantizationOptions, quantization
 from locedit.attacks.relearning import relearn
 from locedit.attacks.relearning_otherwise import (
     RelearnBenignOptions,
@@ -133,6 +134,15 @@ ATTACKS: dict[str, Attack] = {
         definition="run the model without the layers that the edit added; share_back as for drop_token",
         paper="",
         undoes="layer",
+    ),
+    "quantization": Attack(
+        function=quantization,
+        options=QuantizationOptions,
+        access="weights",
+        requires=("forget",),
+        definition="round the edited weights of the blocks to int8 (one scale an output row) and to NF4 (one scale for "
+        f"64 weights), without training; {SHARE}",
+        paper="Zhang et al. 2024, arXiv:2410.16454; NF4: Dettmers et al. 2023, arXiv:2305.14314",
     ),
     "relearn_few": Attack(
         function=relearn_few,

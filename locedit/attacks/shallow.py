@@ -97,6 +97,7 @@ def _in_last(model: Model, count: int, objective: Objective, options: TrainOptio
 
 
 def suppression_loss(step: Step) -> dict[str, Tensor]:
+    """Unlikelihood of the forget answers and likelihood of the retain ones, nats, means over tokens and examples."""
     terms = {"unlikelihood": unlikelihood(token_log_probs(step.score(step.forget))).mean()}
     if step.retain is not None:
         terms["retain"] = sequence_nll(step.score(step.retain)).mean()
