@@ -142,10 +142,20 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def named_files(options: Mapping[str, Any]) -> dict[str, str]:
-    """Option -> hash of the content of the file that it names, for those that name one: it decides a result too."""
+    """Option -> hash of the content of the file that it names, for those that name one: it decides a result too.
+
+    Of a folder, such as a model's, the names, sizes and times of its files.
+    """
     texts = {name: value for name, value in options.items() if isinstance(value, str) and len(value) < 1000}
     paths = {name: Path(value).expanduser() for name, value in texts.items() if value}
-    return {name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for name, p in paths.items() if p.is_file()}
+    files = {name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for name, p in paths.items() if p.is_file()}
+    return files | {name: content_hash(_listing(p)) for name, p in paths.items() if p.is_dir()}
+
+
+def _listing(folder: Path) -> list[list[Any]]:
+    """Name, size and time of every file in a folder, not of those in its folders."""
+    found = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
 def content_hash(value: Any) -> str:

@@ -128,6 +128,13 @@ class AttackResult:
     note: str = ""
     provenance: Provenance | None = None
 
+    def save(self, path: str | Path) -> None:
+        write_json(path, to_json(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttackResult":
+        return attack_from_json(read_json(path))
+
     def plot(self) -> "Figure":
         from locedit.report import figures
 

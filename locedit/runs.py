@@ -5,7 +5,9 @@
     runs/a/components.json       the chosen set
     runs/a/edit/                 edit.json, tensors
     runs/a/comparison/           comparison.json: the edit beside its controls
-    runs/a/evaluation/           evaluation.json
+    runs/a/measures/             evaluation.json: the metrics before and after
+    runs/a/attacks/relearn/      attack.json, a folder for every attack
+    runs/a/evaluation/           evaluation.json: both together
     runs/a/report.html
 
 Every stage folder has a stage.json that says from what it was made. It appears whole or not at all.

@@ -34,5 +34,7 @@ class Attack:
     "kinds of forget items that it can be read of"
     undoes: Literal["", "token", "layer"] = ""
     "what an edit must have for it: a control token, or added layers (see `Edit.conditional`); empty = nothing"
+    diagnostic: bool = False
+    "whether it takes what an attacker lacks, such as the unedited weights: shown, but no level of access"
     reference: str = ""
     "an option without which it cannot run, such as retain_model"

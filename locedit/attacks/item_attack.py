@@ -174,7 +174,7 @@ def strike(attack: ItemAttack[Options], aim: Aim, edit: Edit, others: Mapping[st
     with edit.applied(aim.model) as edited:
         target = Target(model=edited, key=edit.digest)
         after = aim.read(target, aim.forget)
-        kept_after = aim.read(target, aim.kept)
+        kept_after = aim.read(target, aim.kept if attack.harms else NOTHING)
         found = runner.arm("found", "found", target)
         never = runner.never_known(target)
     arms = [found, *([never] if never else [])]

@@ -101,9 +101,10 @@ ATTACKS: dict[str, Attack] = {
         options=DepthOptions,
         access="activations",
         requires=("forget",),
-        definition="put the edited model's residual stream into the unedited model, layer by layer, and see how much of "
-        "what a retain model's costs the answer it costs too; share_back = 1 - the unlearning depth score",
+        definition="put the edited model's residual stream into the unedited model, layer by layer, and see how much "
+        "of what a retain model's costs the answer it costs too; share_back = 1 - the unlearning depth score",
         paper="unlearning depth score, arXiv:2605.24614",
+        diagnostic=True,
         reference="retain_model",
     ),
     "interpolation": Attack(
@@ -114,6 +115,7 @@ ATTACKS: dict[str, Attack] = {
         definition=f"go half of the way back to the unedited weights (a look at the edit: who has those needs no "
         f"attack); {SHARE}",
         paper="after Frankle et al. 2020, arXiv:1912.05671 (linear interpolation of weights)",
+        diagnostic=True,
     ),
     "drop_token": Attack(
         function=drop_token,

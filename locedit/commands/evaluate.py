@@ -1,73 +1,132 @@
 """`locedit evaluate` and `locedit report`: measure, attack, and show."""
 
 import argparse
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from locedit.commands.inputs import about, key, read_data, reused, start
+from locedit.data import Task
 from locedit.errors import LoceditError, nearest
 from locedit.listing import measure_rows
+from locedit.models import Model
 from locedit.options import kinds, parse
 from locedit.registries import method_options
-from locedit.storage import read_json, refuse_overwrite
+from locedit.results import AttackResult, Evaluation
+from locedit.runs import Run, read_back
+from locedit.storage import atomic_folder, read_json, refuse_overwrite, write_json
 from locedit.terminal import note, table
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    """Measure before and after, attack, save."""
-    from locedit.attacks import ATTACKS, check_attacks
-    from locedit.evaluate import evaluate
+    """Measure before and after, attack, save; what a run folder has already is not done again."""
     from locedit.evaluate.alarms import alarms
-    from locedit.evaluate.suite import evaluate_options, plan_of
-    from locedit.results import Evaluation
+    from locedit.report.ladder import rows
 
-    attacks = [name.strip() for name in args.attacks.split(",") if name.strip()]
-    for name in attacks:
-        if name not in ATTACKS:
-            raise LoceditError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
-    own, words = _words_of_metrics(args.extra, attacks)
-    if words and not attacks:
-        known = nearest(next(iter(words)), _metric_options())
-        raise LoceditError(f"unknown option --{next(iter(words))}; of the metrics: {known}; others are of --attacks")
-    options = {name: method_options(ATTACKS, name, words, several=attacks) for name in attacks}
-    metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
-    if attacks and not args.edit:
-        raise LoceditError(f"attack {attacks[0]!r} needs an edit to attack; give --edit FOLDER")
-    edit = _read_edit(args.edit) if args.edit else None
-    check_attacks(attacks, edit=edit, options=options)
-    plan_of(read_data(args), evaluate_options({"metrics": metrics, **own}), edited=edit is not None)
+    plan = _plan(args)
     run_folder, model, task = start(args)
-    if edit is not None:
-        edit.check(model)  # one of another model is said before anything is measured
-    others = _control_edits(args.edit, edit) if edit and attacks else {}
+    if plan.edit is not None:
+        plan.edit.check(model)  # one of another model is said before anything is measured
+    others = _control_edits(args.edit, plan.edit) if plan.edit and plan.attacks else {}
     if others:
         note(f"also attacked: {', '.join(others)}, from {Path(args.edit).parent / 'comparison'}")
-    evaluation = run_folder.stage(
-        "evaluation",
-        key(
-            model,
-            task,
-            edit=edit.digest if edit else None,
-            others={name: other.digest for name, other in others.items()},
-            metrics=metrics,
-            attacks=options,
-            seed=args.seed,
-            **({"options": own} if own else {}),
-        ),
-        lambda: evaluate(
-            model, task, edit, attacks, attack_options=options, others=others, metrics=metrics, seed=args.seed, **own
-        ),
-        save=lambda made, folder: made.save(folder / "evaluation.json"),
-        load=lambda folder: Evaluation.load(folder / "evaluation.json"),
-        on_reuse=reused,
-    )
+    evaluation = evaluated(run_folder, model, task, plan, others)
     run_folder.write_once("run.json", about(args, model))
     table(("measure", "before", "after", "n"), measure_rows(evaluation))
     for attack in evaluation.attacks:
         note(attack.sentence)
+    if len(evaluation.attacks) > 1:
+        table(("access", "attack", "share back", "what it says"), rows(evaluation))
     for line in alarms(evaluation):
         note(f"alarm: {line}")
     note(f"{run_folder.folder / 'evaluation'}: {len(evaluation.measures)} measures, {len(evaluation.attacks)} attacks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the command line asks for, checked."""
+
+    edit: Any
+    metrics: list[str] | None
+    own: dict[str, Any]
+    "options of the metrics"
+    attacks: dict[str, dict[str, Any]]
+    "attack -> its options"
+    seed: int
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from locedit.attacks import ATTACKS, check_attacks
+    from locedit.evaluate.suite import evaluate_options, plan_of
+
+    names = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    for name in names:
+        if name not in ATTACKS:
+            raise LoceditError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
+    own, words = _words_of_metrics(args.extra, names)
+    if words and not names:
+        known = nearest(next(iter(words)), _metric_options())
+        raise LoceditError(f"unknown option --{next(iter(words))}; of the metrics: {known}; others are of --attacks")
+    options = {name: method_options(ATTACKS, name, words, several=names) for name in names}
+    metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
+    if names and not args.edit:
+        raise LoceditError(f"attack {names[0]!r} needs an edit to attack; give --edit FOLDER")
+    edit = _read_edit(args.edit) if args.edit else None
+    task = read_data(args)
+    check_attacks(names, edit=edit, options=options, task=task)
+    plan_of(task, evaluate_options({"metrics": metrics, **own}), edited=edit is not None)
+    return Plan(edit=edit, metrics=metrics, own=own, attacks=options, seed=args.seed)
+
+
+def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dict[str, Any]) -> Evaluation:
+    """The measures and every attack, each a stage of its own, and together what evaluation/ holds.
+
+    Attacks that the folder has from an earlier command on the same model, data and edit stay in it.
+    """
+    from locedit.evaluate import evaluate
+    from locedit.evaluate.suite import attack_runner
+
+    digest = plan.edit.digest if plan.edit else None
+    more: dict[str, Any] = {"options": plan.own} if plan.own else {}
+    if (run_folder.folder / "evaluation").exists() and not (run_folder.folder / "measures").exists():
+        refuse_overwrite(run_folder.folder / "evaluation", force=run_folder.force)
+    measured = run_folder.stage(
+        "measures",
+        key(model, task, edit=digest, metrics=plan.metrics, seed=plan.seed, **more),
+        lambda: evaluate(model, task, plan.edit, metrics=plan.metrics, seed=plan.seed, **plan.own),
+        save=lambda made, folder: made.save(folder / "evaluation.json"),
+        load=lambda folder: Evaluation.load(folder / "evaluation.json"),
+        on_reuse=reused,
+    )
+    attack = attack_runner(model, task, plan.edit, others=others)
+    base = {"edit": digest, "others": {name: other.digest for name, other in others.items()}}
+    for name, options in plan.attacks.items():
+        run_folder.stage(
+            f"attacks/{name}",
+            key(model, task, **base, options={"seed": plan.seed, **options}),
+            lambda name=name, options=options: attack(name, {"seed": plan.seed, **options}),
+            save=lambda made, folder: made.save(folder / "attack.json"),
+            load=lambda folder: AttackResult.load(folder / "attack.json"),
+            on_reuse=reused,
+        )
+    evaluation = dataclasses.replace(measured, attacks=_kept_attacks(run_folder, key(model, task, **base)))
+    with atomic_folder(run_folder.folder / "evaluation", force=True) as folder:
+        evaluation.save(folder / "evaluation.json")
+        write_json(folder / "stage.json", {"edit": digest, "attacks": [made.name for made in evaluation.attacks]})
+    return evaluation
+
+
+def _kept_attacks(run_folder: Run, base: dict[str, Any]) -> tuple[AttackResult, ...]:
+    """All attacks in the folder on the same model, data, edit and controls, the least access first."""
+    from locedit.attacks import ATTACKS
+
+    found: list[AttackResult] = []
+    for name in ATTACKS:
+        folder = run_folder.folder / "attacks" / name
+        if (folder / "stage.json").exists() and read_back(base).items() <= read_json(folder / "stage.json").items():
+            found.append(AttackResult.load(folder / "attack.json"))
+    return tuple(found)
 
 
 def _metric_options() -> list[str]:

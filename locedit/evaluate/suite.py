@@ -1,7 +1,7 @@
 """evaluate(): every metric that the data allow, before and after an edit, then the attacks."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from locedit.data.items import ROLES, ContrastPair, Dataset, Fact, Item, PrivateText, Task, as_task
@@ -47,7 +47,9 @@ def evaluate(
     check_attacks(attacks, edit=edit, options=attack_options or {}, task=task)
     with measure("evaluate", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
         found = list(_measured(model, task, edit, plan, chosen))
-    results = attacked(model, task, edit, attacks, options=attack_options or {}, others=others or {}, seed=chosen.seed)
+    attack = attack_runner(model, task, edit, others=others or {})
+    options_of = attack_options or {}
+    results = [attack(name, {"seed": chosen.seed, **options_of.get(name, {})}) for name in attacks]
     return Evaluation(
         measures=tuple(found),
         attacks=tuple(results),
@@ -57,27 +59,20 @@ def evaluate(
     )
 
 
-def attacked(
-    model: Model,
-    task: Task,
-    edit: Edit | None,
-    names: Sequence[str],
-    *,
-    options: Mapping[str, Mapping[str, Any]],
-    others: Mapping[str, Edit],
-    seed: int,
-) -> list[AttackResult]:
-    """The results of attacks, which share what they have in common."""
+def attack_runner(
+    model: Model, task: Task, edit: Edit | None, *, others: Mapping[str, Edit]
+) -> Callable[[str, Mapping[str, Any]], AttackResult]:
+    """Runs attacks by name with their options; they share what they have in common."""
     from locedit.attacks import ATTACKS
     from locedit.attacks.shared import Shared
 
     shared = Shared()
-    found: list[AttackResult] = []
-    for name in names:
+
+    def attack(name: str, options: Mapping[str, Any]) -> AttackResult:
         assert edit is not None, "check_attacks asks for an edit"
-        settings = {"seed": seed, **options.get(name, {})}
-        found.append(ATTACKS[name].function(model, task, edit, others=others, shared=shared, **settings))
-    return found
+        return ATTACKS[name].function(model, task, edit, others=others, shared=shared, **options)
+
+    return attack
 
 
 def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:

@@ -12,8 +12,9 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from locedit.components import UNITS, Unit
-from locedit.report import agreement, captions, evidence, figures, tables, words
+from locedit.report import agreement, captions, evidence, figures, ladder_figure, tables, words
 from locedit.report.inputs import RunResults
+from locedit.report.ladder_figure import ladder_table
 from locedit.report.numbers import PLURALS
 from locedit.report.side_by_side import side_by_side
 from locedit.report.tables import TableView
@@ -154,8 +155,7 @@ def _models(runs: Sequence[RunResults]) -> list[str]:
 
 
 def _run_view(run: RunResults, anchor: str) -> RunView:
-    makers = (_done, _scores, _agreement, _components, _requests, _tradeoff, _attacks, _measures, _examples, _settings)
-    made = [maker(run, f"{anchor}-{maker.__name__.strip('_')}") for maker in makers]
+    made = [maker(run, f"{anchor}-{maker.__name__.strip('_')}") for maker in MAKERS]
     sections = [section for section in made if section is not None]
     return RunView(name=run.name, anchor=anchor, verdict=words.verdict(run), sections=sections)
 
@@ -235,6 +235,15 @@ def _tradeoff(run: RunResults, anchor: str) -> Section:
     return Section(title=title, anchor=anchor, figures=drawn)
 
 
+def _ladder(run: RunResults, anchor: str) -> Section | None:
+    """Nothing for a run with fewer than two attacks."""
+    if run.evaluation is None or not ladder_figure.has_figure(run.evaluation):
+        return None
+    drawn = [_view(ladder_figure.rungs([("", run.evaluation)]), ladder_figure.caption(run.evaluation))]
+    listed = [ladder_table(run.evaluation)]
+    return Section(title="What access brings it back", anchor=anchor, figures=drawn, tables=listed)
+
+
 def _attacks(run: RunResults, anchor: str) -> Section:
     title = "Does it come back?"
     found = run.evaluation.attacks if run.evaluation else ()
@@ -273,13 +282,23 @@ def _settings(run: RunResults, anchor: str) -> Section:
     return Section(title="Settings, versions and times", anchor=anchor, missing=missing, tables=listed)
 
 
+MAKERS = (
+    _ladder, _done, _scores, _agreement, _components, _requests, _tradeoff, _attacks, _measures, _examples, _settings
+)  # fmt: skip
+"""The sections of a run in order: what it shows first, figures, tables of single examples and settings last."""
+
+
 def _overlays(runs: Sequence[RunResults]) -> list[FigureView]:
     """Figures of the runs that share data; runs on other data have nothing to be compared with."""
     by_data: dict[str, list[RunResults]] = {}
     for run in runs:
         by_data.setdefault(_data(run), []).append(run)
     together = [group for group in by_data.values() if len(group) > 1]
-    return [view for group in together for view in [*_tradeoff_overlay(group), *_attack_overlays(group)]]
+    return [
+        view
+        for group in together
+        for view in [*_ladder_overlay(group), *_tradeoff_overlay(group), *_attack_overlays(group)]
+    ]
 
 
 def _data(run: RunResults) -> str:
@@ -289,6 +308,15 @@ def _data(run: RunResults) -> str:
         run.comparison.provenance if run.comparison else None,
     ]
     return next((record.data for record in pieces if record and record.data), "")
+
+
+def _ladder_overlay(runs: Sequence[RunResults]) -> list[FigureView]:
+    """The share that each attack brings back in each run, with a warning where the runs forget to different levels."""
+    named = [(run.name, run.evaluation) for run in runs if run.evaluation and ladder_figure.has_figure(run.evaluation)]
+    if len(named) < 2:
+        return []
+    title = f"What access brings it back: {', '.join(name for name, _ in named)}"
+    return [_view(ladder_figure.rungs(named), words.levels_apart([e for _, e in named]), title=title)]
 
 
 def _tradeoff_overlay(runs: Sequence[RunResults]) -> list[FigureView]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from locedit.attacks.attack import ACCESS
 from locedit.report import judge, words
 from locedit.report.inputs import RunResults
+from locedit.report.ladder import SAID, Rung, ladder
 from locedit.report.numbers import number, over_seeds, with_interval
 from locedit.report.tables import Cell, Column, TableView, measure_cell, name_cell, texts
 from locedit.results import Measure, Role
@@ -16,11 +18,26 @@ def side_by_side(runs: Sequence[RunResults]) -> TableView:
         first = name_cell(name, f"{dataset} {name.replace('_', ' ')}")
         rows.append([first, *(_change(run, dataset, name) for run in runs)])
     rows += _control_rows(runs)
+    rows += _rungs(runs)
     rows.append([Cell(text="verdict"), *texts(*(words.verdict(run).label for run in runs))])
     kept = [row for row in rows if any(cell.text for cell in row[1:])]
     columns = [Column(name="measure"), *(Column(name=run.name) for run in runs)]
     caption = "Before → after the edit with its 95 % bootstrap interval. All measures stand with each run."
     return TableView(title="Key measures of the runs", columns=columns, rows=kept, caption=caption)
+
+
+def _rungs(runs: Sequence[RunResults]) -> list[list[Cell]]:
+    """What each level of access brings back in each run, where more than one attack was run."""
+    ladders = [ladder(run.evaluation) if run.evaluation and len(run.evaluation.attacks) > 1 else () for run in runs]
+    by_access = [{rung.access: rung for rung in found} for found in ladders]
+    return [[Cell(text=f"access: {access}"), *(_rung(found.get(access)) for found in by_access)] for access in ACCESS]
+
+
+def _rung(rung: Rung | None) -> Cell:
+    if rung is None or rung.best is None:
+        return Cell()
+    result, shown = rung.best
+    return Cell(text=f"{with_interval(result.headline)}: {SAID[shown]}", sort=result.headline.value)
 
 
 def _key_measures(run: RunResults) -> list[tuple[str, str]]:

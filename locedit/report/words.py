@@ -3,13 +3,16 @@
 Every one follows from numbers in the result objects; the thresholds are in `locedit.report.judge`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from locedit.components import ComponentSet
+from locedit.evaluate.alarms import alarms
 from locedit.report import judge
 from locedit.report.inputs import RunResults
 from locedit.report.judge import Forgetting, Pair, Recovery
+from locedit.report.ladder import ladder, name_of, outcome, sentence
 from locedit.report.numbers import (
     PLURALS,
     Spread,
@@ -72,11 +75,16 @@ def verdict(run: RunResults) -> Verdict:
     kind = (run.edit or {}).get("kind")
     if kind in CONDITIONS:
         sentences.append(CONDITIONS[kind])
+    rungs = ladder(evaluation)
     outcomes: list[tuple[AttackResult, Recovery]] = [(a, outcome(a, evaluation)) for a in evaluation.attacks]
-    sentences += [attack_sentence(a, shown) for a, shown in outcomes]
+    if len(outcomes) > FEW:
+        sentences += [sentence(rungs), *_broken(outcomes)]
+    else:
+        sentences += [attack_sentence(a, shown) for a, shown in outcomes]
+    sentences += [f"Alarm: {line}." for line in alarms(evaluation)]
     if not outcomes:
         sentences.append("No attack was run, so whether it can be brought back is not known.")
-    label, tone = _label(state, [shown for _, shown in outcomes])
+    label, tone = _label(state, [shown for rung in rungs for _, shown in rung.tried])
     if kind == "modules" and state not in ("unchanged", "worse", "partly"):
         label, tone = "Suppressed, not removed", "bad"
     if retain and judge.damaged(retain):
@@ -84,20 +92,21 @@ def verdict(run: RunResults) -> Verdict:
     return Verdict(label=label, tone=tone, sentences=tuple(sentences))
 
 
+FEW = 2
+"attacks up to which the verdict tells of each; of more it gives the ladder, and the section on attacks the rest"
+
+
+def _broken(outcomes: list[tuple[AttackResult, Recovery]]) -> list[str]:
+    """A warning for attacks that broke the model themselves."""
+    names = [name_of(result) for result, shown in outcomes if shown == "broken"]
+    return [f"Under {', '.join(names)} the retain set breaks too, so these show little."] if names else []
+
+
 CONDITIONS = {
     "tokens": "It is conditional on a control token: without the token before the text only the new weights act.",
     "modules": "It is conditional on added layers: without them the model is the one before the edit, bit for bit.",
 }
 """Kind of an edit -> what it takes for it to act."""
-
-
-def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
-    """What an attack shows, beside the same metric of the forget set before the edit."""
-    pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
-    shown = judge.recovery(result, pair.before.value if pair else None)
-    pair = pair or judge.primary(evaluation, "forget")
-    never_gone = pair is not None and judge.forgetting(pair, judge.floor(evaluation, pair)) in ("unchanged", "worse")
-    return "never gone" if never_gone and shown in ("back", "partly back") else shown
 
 
 def _label(state: Forgetting, outcomes: list[Recovery]) -> tuple[str, Tone]:
@@ -216,6 +225,16 @@ MEANINGS: dict[Recovery, str] = {
     "unmeasured": "the attack gave no number",
     "no power": "the attack does not bring back a shallow edit either, so it shows nothing",
 }
+
+
+def levels_apart(evaluations: Sequence[Evaluation]) -> str:
+    """Whether runs forget to the same level, so that what attacks bring back can be compared."""
+    pairs = [pair for evaluation in evaluations if (pair := judge.primary(evaluation, "forget"))]
+    levels = ", ".join(with_interval(pair.after) for pair in pairs)
+    apart = any(not Pair(before=one.after, after=other.after).same for one in pairs for other in pairs)
+    if apart:
+        return f"These runs forget to different levels ({levels}): what comes back is not compared at the same level."
+    return f"The runs forget to the same level within their intervals ({levels})."
 
 
 # --- what was done -------------------------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""The ladder: what level of access brings the knowledge back, the least first, and how much of it.
+
+A level is a kind of access to the edited model (`locedit.attacks.ACCESS`). Of the attacks of a level the one that
+shows most stands for it: whoever has the access will take the best. Attacks that take what an attacker lacks (the
+unedited weights, a retain model) are no level; they are shown beside.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from locedit.attacks.attack import ACCESS, Access
+from locedit.attacks.registry import ATTACKS
+from locedit.report import judge
+from locedit.report.judge import Recovery
+from locedit.report.numbers import with_interval
+from locedit.results import AttackResult, Evaluation
+
+MOST_TELLING: tuple[Recovery, ...] = (
+    "back", "partly back", "too wide", "like never knew", "below never knew", "no power", "never gone", "no control",
+    "broken", "unmeasured",
+)  # fmt: skip
+"""Which of several attacks stands for a level: one that brings something back, else one that shows that nothing comes
+back, else one that shows nothing."""
+SAID: dict[Recovery, str] = {
+    "back": "comes back",
+    "partly back": "comes back in part",
+    "like never knew": "like a model that never knew",
+    "below never knew": "below a model that never knew",
+    "too wide": "undecided: the interval holds both",
+    "no power": "shows nothing: the control made to come back does not",
+    "no control": "no never-knew control",
+    "broken": "shows nothing: the attack broke the model",
+    "never gone": "was not gone by this number",
+    "unmeasured": "no number",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One level of access."""
+
+    access: Access
+    tried: tuple[tuple[AttackResult, Recovery], ...]
+    "the attacks of this level, the most telling first; empty = none was tried"
+
+    @property
+    def best(self) -> tuple[AttackResult, Recovery] | None:
+        return self.tried[0] if self.tried else None
+
+    @property
+    def brings_back(self) -> bool:
+        return self.best is not None and self.best[1] in ("back", "partly back")
+
+
+def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
+    """What an attack shows, beside the same metric of the forget set before the edit."""
+    pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
+    shown = judge.recovery(result, pair.before.value if pair else None)
+    pair = pair or judge.primary(evaluation, "forget")
+    never_gone = pair is not None and judge.forgetting(pair, judge.floor(evaluation, pair)) in ("unchanged", "worse")
+    return "never gone" if never_gone and shown in ("back", "partly back") else shown
+
+
+def ladder(evaluation: Evaluation) -> tuple[Rung, ...]:
+    """Every level of access, the least first, with its attacks; without diagnostics."""
+    found: dict[Access, list[tuple[AttackResult, Recovery]]] = {access: [] for access in ACCESS}
+    for result in evaluation.attacks:
+        attack = ATTACKS.get(result.name)
+        if attack is not None and not attack.diagnostic:
+            shown: Recovery = outcome(result, evaluation)
+            found[attack.access].append((result, shown))
+    return tuple(Rung(access=access, tried=tuple(sorted(tried, key=_telling))) for access, tried in found.items())
+
+
+def _telling(one: tuple[AttackResult, Recovery]) -> tuple[int, float]:
+    value = one[0].headline.value
+    return MOST_TELLING.index(one[1]), -value if value == value else 0.0
+
+
+def sentence(rungs: Sequence[Rung]) -> str:
+    """The ladder in one sentence: the least access that brings it back, and what the levels below it showed."""
+    tried = [rung for rung in rungs if rung.tried]
+    if not tried:
+        return ""
+    first = next((rung for rung in tried if rung.brings_back), None)
+    below = tried if first is None else tried[: tried.index(first)]
+    parts = [f"{rung.access}: {_says(rung)}" for rung in below]
+    if first is not None:
+        assert first.best is not None
+        result, shown = first.best
+        how = "brings it back" if shown == "back" else "brings a part of it back"
+        lead = f"The least access that {how}: {first.access} ({name_of(result)}, {with_interval(result.headline)})"
+    else:
+        lead = "No level of access that was tried brings it back"
+    untried = [rung.access for rung in rungs if not rung.tried]
+    text = lead + (f"; {'; '.join(parts)}" if parts else "")
+    return text + (f"; not tried: {', '.join(untried)}." if untried else ".")
+
+
+def _says(rung: Rung) -> str:
+    assert rung.best is not None
+    names = ", ".join(name_of(result) for result, _ in rung.tried)
+    most = " at most" if len(rung.tried) > 1 else ""
+    return f"{SAID[rung.best[1]]} ({names}{most} {with_interval(rung.best[0].headline)})"
+
+
+def name_of(result: AttackResult) -> str:
+    return result.name.replace("_", " ")
+
+
+def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """(access, attack, share back with its interval, what that says) of every attack, diagnostics last."""
+    made = [
+        (rung.access, name_of(result), with_interval(result.headline), SAID[shown])
+        for rung in ladder(evaluation)
+        for result, shown in rung.tried
+    ]
+    levels = {result.name for rung in ladder(evaluation) for result, _ in rung.tried}
+    beside = [result for result in evaluation.attacks if result.name not in levels]
+    return made + [("beside", name_of(r), with_interval(r.headline), SAID[outcome(r, evaluation)]) for r in beside]
