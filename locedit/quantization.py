@@ -78,7 +78,7 @@ def _blocks(weight: Float[Tensor, "out in"]) -> Float[Tensor, "group size"]:
 
 def _to_int8(x: Float[Tensor, "group size"], absmax: Float[Tensor, "group 1"]) -> Int[Tensor, "group size"]:
     """round(127 x / absmax) + 127; 127 (zero) in rows of zeros."""
-    return torch.round(x * (127.0 / absmax.clamp(min=1e-38))).long() + 127
+    return torch.round(x * (127.0 / absmax.clamp(min=1e-30))).long() + 127
 
 
 def _from_int8(codes: Int[Tensor, "group size"], absmax: Float[Tensor, "group 1"]) -> Float[Tensor, "group size"]:
