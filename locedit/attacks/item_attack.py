@@ -54,6 +54,9 @@ class Control:
     "what a reader should know of it"
 
 
+LEAST = 0.2
+"distance between what was known and what was never known below which a dose is not preferred for it"
+
 Values = dict[str, Float[Tensor, "dose item"]]
 "Data set -> metric of every measured item at every dose; float64."
 
@@ -186,7 +189,7 @@ def strike(attack: ItemAttack[Options], aim: Aim, edit: Edit, others: Mapping[st
     floor = 0.0 if attack.reads_itself else attack.options.retain_floor
     above = None if attack.reads_itself else never  # what is guessed of a state does not depend on where it is read
     own = {
-        arm.name: choose(arm, above, kept_after, floor=floor, fixed=attack.fixed())
+        arm.name: choose(arm, above, kept_after, known=float(before.mean()), floor=floor, fixed=attack.fixed())
         for arm in arms
         if arm.role != "never knew"
     }
@@ -290,10 +293,12 @@ def _each_at_its_dose(arms: Mapping[int, Arm]) -> Arm:
 
 
 def choose(
-    arm: Arm, never: Arm | None, kept: Float[Tensor, " kept"], *, floor: float, fixed: int | None = None
+    arm: Arm, never: Arm | None, kept: Float[Tensor, " kept"], *, known: float, floor: float, fixed: int | None = None
 ) -> tuple[dict[int, int], bool]:
     """For each split the dose at which most is back on its mirror, above items never known; and whether retain is kept.
 
+    What is back is the share that is reported, (back - never known) / (known - never known), with a smaller distance
+    than 0.2 taken as 0.2: where anything can be said of anything, little has come back.
     Retain is kept where it is at least `floor` of `kept`. Of equal doses the first counts; where every dose breaks the
     retain side, the one that breaks it least. `fixed` leaves nothing to choose.
     """
@@ -301,14 +306,15 @@ def choose(
     within = True
     for split in range(len(arm.halves)):
         mirror = split ^ 1 if len(arm.halves) > 1 else split
-        margin = arm.at(mirror).mean(1)
+        back = arm.at(mirror).mean(1)
         if never is not None:
-            margin = margin - never.at(mirror).mean(1)
+            unknown = never.at(mirror).mean(1)
+            back = (back - unknown) / (known - unknown).clamp(min=LEAST)
         retain = arm.splits[mirror].get("retain")
         level = None if retain is None or floor <= 0 else retain.mean(1)
-        fits = torch.ones(len(margin), dtype=torch.bool) if level is None else level >= floor * kept.mean() - 1e-9
+        fits = torch.ones(len(back), dtype=torch.bool) if level is None else level >= floor * kept.mean() - 1e-9
         within &= bool(fits.any())
-        ranked = margin.masked_fill(~fits, -torch.inf) if level is None or bool(fits.any()) else level
+        ranked = back.masked_fill(~fits, -torch.inf) if level is None or bool(fits.any()) else level
         chosen[split] = int(ranked.round(decimals=6).argmax()) if fixed is None else fixed
     return chosen, within
 
