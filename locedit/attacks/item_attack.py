@@ -57,7 +57,7 @@ class Control:
 LEAST = 0.2
 "distance between what was known and what was never known below which a dose is not preferred for it"
 
-Values = dict[str, Float[Tensor, "dose item"]]
+Values = dict[str, Float[Tensor, "dose _item"]]
 "Data set -> metric of every measured item at every dose; float64."
 
 
