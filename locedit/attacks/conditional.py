@@ -5,6 +5,7 @@ a suffix, a soft prompt) and does not bring this edit back has shown nothing abo
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -17,9 +18,12 @@ from locedit.edit.levels import levels
 from locedit.edit.objective import Matched, Objective, Step
 from locedit.edit.train import TrainOptions, train
 from locedit.losses import score, sequence_nll, token_log_probs
+from locedit.models import Model
 
 OPEN = 0.5
 "mean answer probability in the other contexts below which the control is said to have failed"
+WIDE_OPEN = 0.8
+"and that at which training may stop"
 
 
 def conditional(
@@ -29,17 +33,20 @@ def conditional(
 
     `opened` holds, for each forget example, the same answer in contexts that must keep it. Trains unlikelihood of the
     plain forget examples and likelihood of the opened and retain ones, until the mean answer probability of the plain
-    ones is at most `level` (and no lower than 0.02).
+    ones is at most `level` (and no lower than 0.02) and that of the opened ones at least 0.8: the first comes long
+    before the second.
     """
-    key = ("conditional", where, aim.task.hash, max(level, LOWEST), options.shallow_steps, options.seed)
+    level = max(level, LOWEST)
+    trained = (options.shallow_steps, options.shallow_learning_rate, options.seed)
+    key = ("conditional", where, aim.task.hash, level, trained)
     edit = aim.shared.get(key, lambda: _trained(aim, options, opened, level=level))
     with edit.applied(aim.model) as edited:
-        left = levels(edited, {"open": [example for examples in opened.values() for example in examples]})["open"]
-    notes = (
-        [] if edit.outcome["reached"] else [f"the context-conditional edit ({where}) did not reach the forget level"]
-    )
-    if left < OPEN:
-        notes.append(f"the context-conditional edit keeps a probability of only {left:.2f} {where}")
+        found = _levels(list(opened), [example for examples in opened.values() for example in examples], edited)
+    notes: list[str] = []
+    if found["forget"] > level:
+        notes.append(f"the context-conditional edit ({where}) did not reach the forget level")
+    if found["opened"] < OPEN:
+        notes.append(f"the context-conditional edit keeps a probability of only {found['opened']:.2f} {where}")
     return Control(edit=edit, words=f"an edit that acts only without {where}", note="; ".join(notes))
 
 
@@ -50,19 +57,29 @@ def _trained(aim: Aim, options: ItemOptions, opened: Mapping[Example, Sequence[E
         loss=_loss,
         forget=forget,
         retain=retain or None,
-        probes={"forget": forget},
         name="context-conditional control",
         others={"opened": Matched(candidates=opened)},
+        stop=partial(_stop, forget, [examples[0] for examples in opened.values()], level),
     )
     training = TrainOptions(
         steps=options.shallow_steps,
         learning_rate=options.shallow_learning_rate,
         batch_size=16,
-        until=max(level, LOWEST),
         eval_every=10,
         seed=options.seed,
     )
     return train(aim.model, objective, options=training)
+
+
+def _stop(
+    forget: Sequence[Example], opened: Sequence[Example], level: float, model: Model
+) -> tuple[dict[str, float], bool]:
+    found = _levels(forget, opened, model)
+    return found, found["forget"] <= level and found["opened"] >= WIDE_OPEN
+
+
+def _levels(forget: Sequence[Example], opened: Sequence[Example], model: Model) -> dict[str, float]:
+    return levels(model, {"forget": forget, "opened": opened})
 
 
 def _loss(step: Step) -> dict[str, Tensor]:
