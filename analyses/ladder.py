@@ -49,8 +49,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "undial": {"retain_weight": 1.0},
     "ihl": {"retain_weight": 1.0},
 }
-ATTACKED = ("jailbreak", "few_shot", "probe", "logit_lens", "latent", "quantization", "relearn_few", "relearn", "depth")
-OPTIONS: dict[str, dict[str, Any]] = {}
+ATTACKED = ("jailbreak", "probe", "logit_lens", "latent", "quantization", "relearn_few", "relearn", "depth")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relearn": {"learning_rates": (5e-4,), "steps": 40, "shallow": False},  # the suppressed edit stands in its own row
+}
 
 
 def main() -> None:
@@ -116,7 +118,10 @@ def hooked(lab: Lab) -> Edit:
     while True:
         edit = le.zero(model, scores.select(top=count), hold="hooks")
         with edit.applied(model) as edited:
-            if le.edit.levels(edited, {"forget": examples})["forget"] <= LEVEL or 2 * count > model.n_layers * model.d_mlp:
+            if (
+                le.edit.levels(edited, {"forget": examples})["forget"] <= LEVEL
+                or 2 * count > model.n_layers * model.d_mlp
+            ):
                 return edit
         count *= 2
 
@@ -186,8 +191,12 @@ def as_csv(found: Mapping[str, Sequence[Evaluation]]) -> str:
         for lab, evaluation in enumerate(evaluations):
             for rung in ladder(evaluation):
                 for result, shown in rung.tried:
-                    control = [m.value for m in result.measures if m.name == "share_back" and "shallow" in (m.group or "")]
-                    numbers = [f"{value:.3f}" for value in (result.headline.value, result.headline.low, result.headline.high)]
+                    control = [
+                        m.value for m in result.measures if m.name == "share_back" and "shallow" in (m.group or "")
+                    ]
+                    numbers = [
+                        f"{value:.3f}" for value in (result.headline.value, result.headline.low, result.headline.high)
+                    ]
                     back = f"{control[0]:.3f}" if control else ""
                     writer.writerow((name, lab, rung.access, result.name, *numbers, shown, back, result.note))
     return text.getvalue()
@@ -198,7 +207,9 @@ def figure(found: Mapping[str, Sequence[Evaluation]]) -> go.Figure:
     used = [access for access in ACCESS if any(access in shares(e) for e in found.values())]
     own = {name: shares(evaluations) for name, evaluations in found.items()}
     means = [[fmean(own[name][a][0]) if a in own[name] else None for a in used] for name in found]
-    labels = [[_range(own[name][a][0]).replace(" ", "<br>", 1) if a in own[name] else "" for a in used] for name in found]
+    labels = [
+        [_range(own[name][a][0]).replace(" ", "<br>", 1) if a in own[name] else "" for a in used] for name in found
+    ]
     heat = go.Heatmap(
         z=means, x=used, y=list(found), text=labels, texttemplate="%{text}", zmin=0, zmax=1,
         colorscale=[[0, "rgba(1,157,89,0.15)"], [0.5, "rgba(234,179,8,0.45)"], [1, "rgba(220,38,38,0.75)"]],

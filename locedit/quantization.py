@@ -143,14 +143,16 @@ def _by_bitsandbytes(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[T
     return functional.dequantize_4bit(packed, state)
 
 
-def backend_of(asked: str) -> Backend:
-    """`auto` is bitsandbytes where it is installed, else torch."""
+def backend_of(asked: str, device: torch.device) -> Backend:
+    """`auto` is bitsandbytes on a GPU where it is installed, else torch, which gives the same bits on a CPU."""
     if asked not in ("auto", "bitsandbytes", "torch"):
         raise LoceditError(f"backend={asked!r}; {nearest(asked, ('auto', 'bitsandbytes', 'torch'))}")
     installed = importlib.util.find_spec("bitsandbytes") is not None
     if asked == "bitsandbytes" and not installed:
         raise LoceditError("backend='bitsandbytes' is not installed: pip install 'locedit[quantization]', or 'torch'")
-    return "bitsandbytes" if installed and asked != "torch" else "torch"
+    if asked == "auto":
+        return "bitsandbytes" if installed and device.type == "cuda" else "torch"
+    return "bitsandbytes" if asked == "bitsandbytes" else "torch"
 
 
 # --- a whole model ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from locedit.edit import Edit
+    from locedit.report.ladder import Rung
 
 Direction = Literal["higher", "lower", "neutral"]
 Stage = Literal["before", "after", "attacked"]
@@ -163,6 +164,12 @@ class Evaluation:
                 return measure
         there = sorted({f"{m.key} {m.stage}" for m in self.measures})
         raise KeyError(f"no measure {dataset}.{name} {stage} (group {group!r}); there are: {', '.join(there)}")
+
+    def ladder(self) -> "tuple[Rung, ...]":
+        """What each level of access brings back, the least first (see `locedit.report.ladder`)."""
+        from locedit.report.ladder import ladder
+
+        return ladder(self)
 
     def save(self, path: str | Path) -> None:
         write_json(path, to_json(self))

@@ -23,6 +23,7 @@ from tests import tiny
 from tests.struck import untouched
 
 BOTH = tuple(SCHEMES)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "phi3", "bert")
 
 
@@ -209,11 +210,11 @@ def test_what_cannot_be_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(LoceditError, match="scheme 'int4'.*nf4"), quantized(model, "int4"):
         pass
     with pytest.raises(LoceditError, match="backend='bnb'"):
-        backend_of("bnb")
+        backend_of("bnb", CPU)
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: None)
-    assert backend_of("auto") == "torch"
+    assert backend_of("auto", GPU) == "torch"
     with pytest.raises(LoceditError, match="'bitsandbytes' is not installed"):
-        backend_of("bitsandbytes")
+        backend_of("bitsandbytes", CPU)
 
 
 def test_a_model_that_is_quantized_already_is_refused() -> None:
@@ -226,5 +227,6 @@ def test_a_model_that_is_quantized_already_is_refused() -> None:
 
 def test_the_installed_backend_is_taken() -> None:
     installed = importlib.util.find_spec("bitsandbytes") is not None
-    assert backend_of("auto") == ("bitsandbytes" if installed else "torch")
-    assert backend_of("torch") == "torch"
+    assert backend_of("auto", GPU) == ("bitsandbytes" if installed else "torch")
+    assert backend_of("auto", CPU) == "torch", "the same bits, without loading a library"
+    assert backend_of("torch", GPU) == "torch"

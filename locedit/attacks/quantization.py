@@ -34,7 +34,7 @@ class QuantizationOptions(ItemOptions):
     schemes: tuple[str, ...] = ("int8", "nf4")
     "all are tried: int8, nf4 (see `locedit.quantization`); from the most bits to the fewest"
     backend: Literal["auto", "bitsandbytes", "torch"] = "auto"
-    "what rounds the weights, to the same bits on a CPU; auto = bitsandbytes where it is installed"
+    "what rounds the weights, to the same bits on a CPU; auto = bitsandbytes on a GPU, where it is installed"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ def quantization(
     model: Model, task: Task, edit: Edit, *, others: Others = None, shared: Shared | None = None, **options: Any
 ) -> AttackResult:
     """Round the edited weights and read the items again; the model is afterwards as before, bit for bit."""
-    attack = Quantization(fill(QuantizationOptions, options, method="quantization"))
+    attack = Quantization(fill(QuantizationOptions, options, method="quantization"), device=model.device)
     return carried_out(attack, model, task, edit, others=others, shared=shared)
 
 
@@ -60,8 +60,8 @@ class Quantization(ItemAttack[QuantizationOptions]):
     lead: ClassVar[str] = "With quantized weights"
     x_name: ClassVar[str] = "bits"
 
-    def __init__(self, options: QuantizationOptions) -> None:
-        self.backend: Backend = backend_of(options.backend)
+    def __init__(self, options: QuantizationOptions, *, device: torch.device) -> None:
+        self.backend: Backend = backend_of(options.backend, device)
         super().__init__(dataclasses.replace(options, backend=self.backend))
 
     def start(self, aim: Aim) -> float:

@@ -9,6 +9,7 @@ from locedit._callable import make_callable
 from locedit.components import ComponentSet
 from locedit.report import captions, page, tables, words
 from locedit.report.inputs import RunResults, gather
+from locedit.report.ladder import sentence
 from locedit.results import AttackResult, Comparison, Evaluation
 from locedit.scores import Scores
 from locedit.storage import refuse_overwrite, write_text
@@ -56,7 +57,8 @@ def fragment(result: Any) -> str:
     if isinstance(result, ComponentSet):
         return _paragraph(words.chosen(result)) + _table(tables.sites(result))
     if isinstance(result, Evaluation):
-        return "".join(_paragraph(a.sentence) for a in result.attacks) + _table(tables.measures(result))
+        told = [sentence(result.ladder())] if len(result.attacks) > words.FEW else [a.sentence for a in result.attacks]
+        return "".join(map(_paragraph, told)) + _table(tables.measures(result))
     if isinstance(result, Comparison):
         return _paragraph(captions.comparison(result))
     if isinstance(result, AttackResult):

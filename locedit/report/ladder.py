@@ -26,7 +26,7 @@ SAID: dict[Recovery, str] = {
     "partly back": "comes back in part",
     "like never knew": "like a model that never knew",
     "below never knew": "below a model that never knew",
-    "too wide": "undecided: the interval holds both",
+    "too wide": "undecided: the interval is too wide",
     "no power": "shows nothing: the control made to come back does not",
     "no control": "no never-knew control",
     "broken": "shows nothing: the attack broke the model",

@@ -37,7 +37,7 @@ def rungs(named: Sequence[tuple[str, Evaluation]]) -> Figure:
                 for row, result in shown.items()
                 for m in _of_role(result, role)
             ]
-            title = "this edit" if role == "found" else NAMES[role]
+            title = {"found": "this edit", "shallow": "edit made to come back"}.get(role, NAMES[role])
             if points:
                 traces.append(_points(points, role=role, name=title, symbol=SYMBOLS[role]))
     height = 34 * max(len(labels), 1) + 110

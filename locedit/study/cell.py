@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from locedit.attacks import ATTACKS
+from locedit.attacks.shared import Shared
 from locedit.edit.edit import Edit
 from locedit.evaluate import METRICS, evaluate
 from locedit.evaluate.suite import evaluate_options, plan_of
@@ -24,6 +25,7 @@ class Work:
         self.bench, self.cell, self.config = bench, cell, bench.config
         self.files = CellFiles(self.config, cell, identity=bench.identity, data=bench.data, out=bench.out)
         self.folder, self.stages, self.keys = self.files.folder, self.files.stages, self.files.keys
+        self.shared = Shared()
 
     def run(self) -> None:
         """Every stage that is not there yet."""
@@ -98,7 +100,9 @@ class Work:
 
     def _attack(self, name: str) -> dict[str, Any]:
         options = {"seed": self.cell.seed} | as_tuples(self.config.keys.attack_options.get(name, {}))
-        made = ATTACKS[name].function(self.bench.model, self.bench.data.attacked, self.edit, **options)
+        made = ATTACKS[name].function(
+            self.bench.model, self.bench.data.attacked, self.edit, shared=self.shared, **options
+        )
         measures = tuple(dataclasses.replace(m, per_example={}) for m in made.measures)
         return to_json(dataclasses.replace(made, measures=measures, provenance=without_time(made.provenance)))
 
