@@ -107,8 +107,7 @@ class Aim:
 
     def read(self, target: Target, side: Side) -> Float[Tensor, " item"]:
         """The metric of every item, without an attack."""
-        ids = tuple(item.id for item in side.items)
-        key = ("metric", self.metric, target.key, self.task.hash, ids)
+        key = ("metric", self.metric, target.key, side.examples)
         return self.shared.get(key, lambda: values_of(target.model, side.examples, self.metric))
 
 

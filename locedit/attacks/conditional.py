@@ -24,6 +24,8 @@ OPEN = 0.5
 "mean answer probability in the other contexts below which the control is said to have failed"
 WIDE_OPEN = 0.8
 "and that at which training may stop"
+LOOKED = 4
+"of how many contexts of each item the first is read"
 
 
 def conditional(
@@ -38,10 +40,12 @@ def conditional(
     """
     level = max(level, LOWEST)
     trained = (options.shallow_steps, options.shallow_learning_rate, options.seed)
-    key = ("conditional", where, aim.task.hash, level, trained)
+    key = ("conditional", where, level, trained, aim.retain.examples, tuple((e, tuple(o)) for e, o in opened.items()))
     edit = aim.shared.get(key, lambda: _trained(aim, options, opened, level=level))
     with edit.applied(aim.model) as edited:
-        found = _levels(list(opened), [example for examples in opened.values() for example in examples], edited)
+        found = _levels(
+            list(opened), [example for examples in opened.values() for example in examples[:LOOKED]], edited
+        )
     notes: list[str] = []
     if found["forget"] > level:
         notes.append(f"the context-conditional edit ({where}) did not reach the forget level")

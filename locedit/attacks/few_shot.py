@@ -4,6 +4,7 @@ Nothing of the model is needed but what it says. The examples are items of the o
 comes back was never shown.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,13 +26,18 @@ from locedit.models import Model
 from locedit.options import fill
 from locedit.results import AttackResult
 
+OPENED = 8
+"""draws of examples for each item and number of them that the control is trained on: from two it learns these contexts
+by heart, and stays shut in others"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotOptions(ItemOptions):
     """How many solved examples are shown."""
 
     shots: tuple[int, ...] = (1, 2, 4)
-    "numbers of examples, all are tried; those that do not fit into the context of the model are left out, with a note"
+    """numbers of examples, all are tried; those that do not fit into the context of the model, or are more than half of
+    the items, are left out, with a note"""
     separator: str = ".\n"
     "what stands after each example"
 
@@ -76,12 +82,11 @@ class FewShot(ItemAttack[FewShotOptions]):
 
     def control(self, aim: Aim, *, level: float) -> Control:
         """An edit that acts only without solved examples before the question."""
-        shots = self._fitting(aim)
-        asked = {
-            count: self._shown(aim.model, aim.forget, aim.forget, count, seed=turn)
-            for turn, count in enumerate((*shots, *shots))
-        }
-        opened = {example: [rows[at] for rows in asked.values()] for at, example in enumerate(aim.forget.examples)}
+        asked = [
+            self._shown(aim.model, aim.forget, aim.forget, count, seed=1 + turn)
+            for turn, count in enumerate(self._fitting(aim) * OPENED)
+        ]
+        opened = {example: [rows[at] for rows in asked] for at, example in enumerate(aim.forget.examples)}
         return conditional(aim, self.options, opened, level=level, where="solved examples before the question")
 
     def _shown(self, model: Model, side: Side, learned: Side, shots: int, *, seed: int = 0) -> list[Example]:
@@ -93,18 +98,28 @@ class FewShot(ItemAttack[FewShotOptions]):
         return encode(model, items, chat=side.chat)
 
     def _fitting(self, aim: Aim) -> list[int]:
-        """The numbers of examples that fit into the context, judged by the longest items."""
-        limit = aim.model.max_length
-        if limit is None:
-            return list(self.options.shots)
+        """The numbers of examples that every half has and that fit into the context, judged by the longest items."""
+        least = min(len(half.relearned) for half in (*aim.forget_halves, *aim.heldout_halves))
+        there = [shots for shots in self.options.shots if shots <= least]
+        if not there:
+            raise LoceditError(f"few_shot: shots={self.options.shots!r}: a half has only {_items(least)} to show")
+        if len(there) < len(self.options.shots):
+            self.notes.append(f"a half has only {_items(least)} to show: more examples were not tried")
+        fitting = [shots for shots in there if self._length(aim, shots) <= (aim.model.max_length or math.inf)]
+        limit = f"the context of {aim.model.max_length} tokens"
+        if not fitting:
+            raise LoceditError(f"few_shot: an item and shots={there[0]} do not fit {limit} of {aim.model.name}")
+        if left := [str(shots) for shots in there if shots not in fitting]:
+            self.notes.append(f"{', '.join(left)} examples do not fit {limit}")
+        return fitting
+
+    def _length(self, aim: Aim, shots: int) -> int:
+        """Tokens of a question after so many examples, each as long as the longest item, at most."""
         sides = [side for side in (aim.forget, aim.heldout, aim.kept) if side is not None and len(side)]
         asked = max(len(example.ids) for side in sides for example in side.examples)
-        fitting = [shots for shots in self.options.shots if (shots + 1) * (asked + 3) + aim.model.prefix <= limit]
-        left = [shots for shots in self.options.shots if shots not in fitting]
-        if not fitting:
-            raise LoceditError(
-                f"few_shot: an item and {left[0]} example do not fit the context of {limit} tokens of {aim.model.name}"
-            )
-        if left:
-            self.notes.append(f"{', '.join(map(str, left))} examples do not fit the context of {limit} tokens")
-        return fitting
+        between = len(aim.model.tokenizer(self.options.separator, add_special_tokens=False)["input_ids"])
+        return asked + shots * (asked + between + 1) + aim.model.prefix
+
+
+def _items(count: int) -> str:
+    return "1 item" if count == 1 else f"{count} items"

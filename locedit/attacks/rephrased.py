@@ -32,18 +32,22 @@ def solved(item: Item) -> str:
 
 
 def drawn(item: Item, among: Sequence[Item], count: int, *, seed: int) -> list[Item]:
-    """Examples for an item: of its own form and relation first, at random; no owner twice where that can be."""
+    """Examples for an item: of its own form and relation first, at random; no owner twice where that can be.
+
+    None is of the item's own owner (where there are no owners, of its subject; else it is not the item itself): the
+    same fact in another form would give the answer away.
+    """
     rng = Random(f"{seed} {item.id}")
-    order = rng.sample(list(among), len(among))
+    order = [other for other in rng.sample(list(among), len(among)) if whose(other) != whose(item)]
     order.sort(key=lambda other: (other.format != item.format) + (other.group != item.group))
-    seen: set[str | None] = {item.owner}
-    fresh: list[Item] = []
-    for other in order:
-        if other.owner is None or other.owner not in seen:
-            fresh.append(other)
-            seen.add(other.owner)
-    rest = [other for other in order if other not in fresh and other.id != item.id]
-    return [*fresh, *rest][:count]
+    first = {whose(other): other for other in reversed(order)}  # the most alike of every owner
+    fresh = [other for other in order if first[whose(other)] is other]
+    return [*fresh, *(other for other in order if first[whose(other)] is not other)][:count]
+
+
+def whose(item: Item) -> str:
+    """The owner of an item, else its subject, else itself."""
+    return item.owner or (item.subject if isinstance(item, Fact) else None) or item.id
 
 
 def with_examples(item: Item, examples: Sequence[Item], *, separator: str) -> Item:
