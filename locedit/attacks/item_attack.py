@@ -135,14 +135,17 @@ class Arm:
 
         Where the arm says nothing at this dose, the last at which it does counts instead.
         """
-        parts = [(half.measured, self.at(split)[self._judged(doses[split])]) for split, half in enumerate(self.halves)]
+        parts = [
+            (half.measured, self.at(split)[self.judged_at(doses[split])]) for split, half in enumerate(self.halves)
+        ]
         return mean_by_item(parts, count=len(self.side))
 
     def says(self, dose: int) -> bool:
         """Whether it says anything at this dose."""
-        return self._judged(dose) == dose
+        return self.judged_at(dose) == dose
 
-    def _judged(self, dose: int) -> int:
+    def judged_at(self, dose: int) -> int:
+        """The dose itself where the arm says something at it, else the last at which it does."""
         return dose if self.judged is None or dose in self.judged else self.judged[-1]
 
 
@@ -300,7 +303,8 @@ def choose(
     What is back is the share that is reported, (back - never known) / (known - never known), with a smaller distance
     than 0.2 taken as 0.2: where anything can be said of anything, little has come back.
     Retain is kept where it is at least `floor` of `kept`. Of equal doses the first counts; where every dose breaks the
-    retain side, the one that breaks it least. `fixed` leaves nothing to choose.
+    retain side, the one that breaks it least. Doses at which the arm says nothing are never chosen. `fixed` leaves
+    nothing to choose.
     """
     chosen: dict[int, int] = {}
     within = True
@@ -312,10 +316,12 @@ def choose(
             back = (back - unknown) / (known - unknown).clamp(min=LEAST)
         retain = arm.splits[mirror].get("retain")
         level = None if retain is None or floor <= 0 else retain.mean(1)
-        fits = torch.ones(len(back), dtype=torch.bool) if level is None else level >= floor * kept.mean() - 1e-9
+        said = torch.tensor([arm.says(dose) for dose in range(len(back))])
+        fits = said if level is None else said & (level >= floor * kept.mean() - 1e-9)
         within &= bool(fits.any())
-        ranked = back.masked_fill(~fits, -torch.inf) if level is None or bool(fits.any()) else level
-        chosen[split] = int(ranked.round(decimals=6).argmax()) if fixed is None else fixed
+        ranked, open_to = (back, fits) if level is None or bool(fits.any()) else (level, said)
+        best = int(ranked.masked_fill(~open_to, -torch.inf).round(decimals=6).argmax())
+        chosen[split] = best if fixed is None else arm.judged_at(fixed)
     return chosen, within
 
 

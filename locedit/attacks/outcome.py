@@ -23,6 +23,7 @@ from locedit.results import AttackResult, Curve, Measure, Stage
 Others = Mapping[str, Edit] | None
 "further edits by name, attacked in the same way; names that begin with random count as random sets of the same size"
 
+STAGES = ("before the edit", "after it")
 POWER = 0.5
 "share of the control made to come back that must come back for a failure elsewhere to mean anything"
 
@@ -109,8 +110,8 @@ class Outcome:
         found, metric = self.found, self.found.aim.metric.replace("_", " ")
         never = self.never(self.main)
         text = f"{self.attack.lead}{self._at()} {verdict(self.share(self.main))}: forget {metric} "
-        before = "read off likewise before the edit" if self.attack.reads_itself else "before the edit"
-        text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {before}, {_mean(found.after)} after it"
+        stages = ("read off likewise before the edit", "said after it") if self.attack.reads_itself else STAGES
+        text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {stages[0]}, {_mean(found.after)} {stages[1]}"
         text += f"; items never known reach {_mean(never)})" if never is not None else ")"
         if (guess := self.attack.guess(found.aim)) is not None:
             text += f"; the {guess[0]} alone: {_mean(guess[1])}"
