@@ -19,6 +19,7 @@ from locedit.attacks.item_attack import Control, Dose, ItemAttack, Values
 from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.shallow import suppressed
 from locedit.attacks.shared import Shared
+from locedit.attacks.splits import keys
 from locedit.attacks.states import States, states_of
 from locedit.data.items import Dataset, Fact, Item, Task
 from locedit.edit import Edit
@@ -42,7 +43,7 @@ class ProbeOptions(ItemOptions):
     l2: float = 1.0
     "price of the weights, 1 / C of scikit-learn"
     least: int = 2
-    "retain items of an answer at least, for it to be a class"
+    "items of an answer at least that probes are fitted on, on average over halvings, for it to be a class"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +85,7 @@ class Probe(ItemAttack[ProbeOptions]):
 
     def attack(self, target: Target, learned: Side, measured: Mapping[str, Side], aim: Aim) -> Values:  # noqa: ARG002
         known = states_of(target, aim.known, aim.shared)
+        self._note_gaps(aim)
         found: Values = {}
         for name, side in measured.items():
             own = states_of(target, side, aim.shared)
@@ -101,19 +103,33 @@ class Probe(ItemAttack[ProbeOptions]):
         return Control(edit=edit, words=words, note="" if reached else missed)
 
     def guess(self, aim: Aim) -> tuple[str, Float[Tensor, " item"]]:
-        """What always giving a relation's most frequent answer (among the retain items) gets right."""
+        """What always giving a relation's most frequent answer (among the retain items) gets right.
+
+        Of probabilities: how frequent the item's answer is there.
+        """
         relations = [item.group or "all" for item in aim.retain.items]
         labels = _labels(aim.retain, self.classes)
-        most = {
-            relation: int(torch.bincount(labels[[at for at, r in enumerate(relations) if r == relation]]).argmax())
-            for relation in dict.fromkeys(relations)
+        counts = {
+            relation: torch.bincount(
+                labels[[at for at, r in enumerate(relations) if r == relation]], minlength=len(answers)
+            ).double()
+            for relation, answers in self.classes.items()
         }
-        own = _labels(aim.forget, self.classes)
-        right = [
-            float(most.get(item.group or "all") == int(label))
-            for item, label in zip(aim.forget.items, own, strict=True)
-        ]
+        own = [counts[item.group or "all"] for item in aim.forget.items]
+        labels = _labels(aim.forget, self.classes).tolist()
+        if self.options.metric == "probability":
+            return "frequencies", torch.stack([n[at] / n.sum() for n, at in zip(own, labels, strict=True)])
+        right = [float(int(n.argmax()) == at) for n, at in zip(own, labels, strict=True)]
         return "most frequent answer", torch.tensor(right, dtype=torch.float64)
+
+    def _note_gaps(self, aim: Aim) -> None:
+        """Say where the half that probes are fitted on has nothing of an answer."""
+        seen = {(item.group or "all", _label(item, self.classes)) for item in aim.known.items}
+        wanted = {(item.group or "all", _label(item, self.classes)) for item in aim.forget.items}
+        if missing := len(wanted - seen):
+            self.notes.append(
+                f"probes are fitted on no item of {missing} answers of forget items: those cannot be read"
+            )
 
     def _positions(self, aim: Aim) -> list[Position]:
         """The positions asked for; that of the subject only where every item names its subject."""
@@ -139,7 +155,7 @@ class Probe(ItemAttack[ProbeOptions]):
         for relation, answers in self.classes.items():
             here = [at for at, item in enumerate(learned.items) if (item.group or "all") == relation]
             there = [at for at, item in enumerate(side.items) if (item.group or "all") == relation]
-            if not there:
+            if not there or not here:
                 continue
             features = torch.cat([known[:, here], own[:, there]], dim=1)
             given = torch.cat([labels[here], wanted[there]])
@@ -153,18 +169,24 @@ class Probe(ItemAttack[ProbeOptions]):
 
 
 def classes_of(task: Task, *, least: int) -> dict[str, list[str]]:
-    """Relation -> the answers that enough retain items have. Raises LoceditError where no relation has two."""
-    counts: dict[str, dict[str, int]] = {}
-    for item in task.require("retain", by="probe"):
+    """Relation -> the answers that enough retain items of two owners have, one for each half.
+
+    Raises LoceditError where no relation has two answers.
+    """
+    own: dict[str, dict[str, list[str]]] = {}
+    retain = list(task.require("retain", by="probe"))
+    for item, owner in zip(retain, keys(retain), strict=True):
         if isinstance(item, Fact) and item.format != CHOICE:
-            answers = counts.setdefault(item.group or "all", {})
-            answers[item.answer] = answers.get(item.answer, 0) + 1
-    kept = {r: sorted(a for a, count in answers.items() if count >= 2 * least) for r, answers in counts.items()}
+            own.setdefault(item.group or "all", {}).setdefault(item.answer, []).append(owner)
+    kept = {
+        relation: sorted(answer for answer, who in answers.items() if len(who) >= 2 * least and len(set(who)) >= 2)
+        for relation, answers in own.items()
+    }
     found = {relation: answers for relation, answers in kept.items() if len(answers) >= 2}
     if not found:
         raise LoceditError(
-            f"probe: no relation (group) of the retain facts has two answers with {2 * least} items each; probes need "
-            "a small closed set of answers"
+            f"probe: no relation (group) of the retain facts has two answers with {2 * least} items of two owners "
+            "each; probes need a small closed set of answers"
         )
     return found
 
