@@ -23,7 +23,7 @@ from locedit import losses, tracing
 from locedit.attacks.aim import side_of
 from locedit.attacks.measures import share_measure
 from locedit.attacks.options import ControlOptions
-from locedit.attacks.outcome import Others, verdict
+from locedit.attacks.outcome import POWER, Others, verdict
 from locedit.attacks.runs import role_of
 from locedit.attacks.shallow import suppressed
 from locedit.attacks.shared import Shared
@@ -53,6 +53,11 @@ class DepthOptions(ControlOptions):
     "the model trained without the forget data: a folder or a hub id; needed"
     least: float = LEAST
     "nats a token that the retain model's states must cost at a layer, for the layer to count"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.least > 0:
+            raise LoceditError(f"depth: least={self.least!r} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,28 +91,44 @@ def depth(
         raise LoceditError("depth needs the option retain_model: a folder or a hub id")
     with measure("depth", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
         side = side_of(model, task.forget)
-        retain_model = beside(model, chosen.retain_model, option="depth: retain_model")
+        retain_model = _beside(model, chosen.retain_model)
         lost = _costs(model, side.examples, recorded(retain_model, side.examples).predicting)
         depths = Depths(lost=lost, least=chosen.least)
         arms: dict[str, tuple[Role, Tensor]] = {"found": ("found", _of_edit(model, edit, side.examples))}
         for name, other in (others or {}).items():
             arms[name] = role_of(name), _of_edit(model, other, side.examples)
         if chosen.controls and chosen.shallow:
-            control, words = _shallow(model, task, edit, side.examples, chosen, shared or Shared())
+            control, words, note = _shallow(model, task, edit, side.examples, chosen, shared or Shared())
             arms[words] = ("shallow", _of_edit(model, control, side.examples))
-        result = _result(depths, arms, task, chosen)
+        else:
+            note = ""
+        result = _result(depths, arms, task, chosen, note=note)
     return dataclasses.replace(result, provenance=record.provenance)
+
+
+def _beside(model: Model, source: str) -> Model:
+    """The retain model, whose stream must be of the same shape."""
+    other = beside(model, source, option="depth: retain_model")
+    shapes = [(one.n_layers, one.d_model) for one in (model, other)]
+    if shapes[0] != shapes[1]:
+        layers, width = shapes[1]
+        raise LoceditError(
+            f"depth: retain_model={source!r} has {layers} layers of width {width}, {model.name} {shapes[0][0]} of "
+            f"{shapes[0][1]}: its states cannot be put into it"
+        )
+    return other
 
 
 def _shallow(
     model: Model, task: Task, edit: Edit, forget: Sequence[Example], options: DepthOptions, shared: Shared
-) -> tuple[Edit, str]:
+) -> tuple[Edit, str, str]:
     """Suppression in the last MLPs, which leaves the states below them as they were."""
     retain = encode(model, task.retain) if task.retain is not None else []
     with edit.applied(model) as edited:
         level = levels(edited, {"forget": forget})["forget"]
-    control, words, _ = suppressed(shared, model, forget, retain, level=level, options=options)
-    return control, words
+    control, words, reached = suppressed(shared, model, forget, retain, level=level, options=options)
+    missed = f"the shallow control ({words}) did not reach the forget level of the edit"
+    return control, words, "" if reached else missed
 
 
 def _of_edit(model: Model, edit: Edit, examples: Sequence[Example]) -> Float[Tensor, "layer item"]:
@@ -146,12 +167,18 @@ def _instead(at: Tensor, states: Tensor, value: Tensor) -> Tensor:
     return changed
 
 
-def _result(depths: Depths, arms: Mapping[str, tuple[Role, Tensor]], task: Task, options: DepthOptions) -> AttackResult:
+def _result(
+    depths: Depths, arms: Mapping[str, tuple[Role, Tensor]], task: Task, options: DepthOptions, *, note: str
+) -> AttackResult:
     owners = keys(list(task.forget))
     scored = depths.counts.any(0)
-    notes = [] if bool(scored.all()) else [f"at no layer do {int((~scored).sum())} items differ from the retain model"]
+    notes = [note] if note else []
+    if not bool(scored.all()):
+        notes.append(f"at no layer do {int((~scored).sum())} items differ from the retain model")
     shares = {name: _share(depths.score(costs), owners, scored, options) for name, (_, costs) in arms.items()}
     found, count = shares["found"], int(scored.sum())
+    if any(role == "shallow" and not shares[name].value >= POWER for name, (role, _) in arms.items()):
+        notes.append("the shallow control does not score as shallow: a deep score elsewhere proves little")
     sentence = f"Put layer by layer into the unedited model, the edited model's states say that {verdict(found)}: "
     sentence += f"unlearning depth score {1 - found.value:.2f} (0 = the unedited model, 1 = the retain model)"
     sentence += "".join(f"; {name}: {1 - share.value:.2f}" for name, share in shares.items() if name != "found")
@@ -159,7 +186,7 @@ def _result(depths: Depths, arms: Mapping[str, tuple[Role, Tensor]], task: Task,
         name="depth",
         sentence=f"{sentence}.",
         headline=share_measure(found, count, note="; ".join(notes)),
-        curves=tuple(_curves(depths, arms, scored)),
+        curves=tuple(_curves(depths, arms)),
         measures=tuple(
             share_measure(shares[name], count, group=name if role in name else f"{role}: {name}")
             for name, (role, _) in arms.items()
@@ -179,10 +206,10 @@ def _share(score: Tensor, owners: Sequence[str], scored: Tensor, options: DepthO
     return estimate_mean(1 - score[kept], owners=chosen, bounds=(0.0, 1.0), draws=options.draws, seed=options.seed)
 
 
-def _curves(depths: Depths, arms: Mapping[str, tuple[Role, Tensor]], scored: Tensor) -> list[Curve]:
-    """How much of the answer the states of each layer carry, for every arm; the retain model stands at 0."""
-    layers = tuple(float(layer) for layer in range(1, len(depths.lost) + 1))
-    weight = torch.where(depths.counts, depths.lost, 0.0)[:, scored].sum(1)
+def _curves(depths: Depths, arms: Mapping[str, tuple[Role, Tensor]]) -> list[Curve]:
+    """How much of the answer the states of each layer that counts carry, for every arm; the retain model's carry 0."""
+    weight = torch.where(depths.counts, depths.lost, 0.0).sum(1)
+    layers = tuple(float(layer) for layer in range(1, len(weight) + 1) if weight[layer - 1] > 0)
     made = [
         Curve(
             name=name,
@@ -202,7 +229,7 @@ def _curves(depths: Depths, arms: Mapping[str, tuple[Role, Tensor]], scored: Ten
 
 def _of_layers(shares: Tensor, depths: Depths, weight: Tensor) -> tuple[float, ...]:
     lost = (torch.where(depths.counts, depths.lost, 0.0) * shares).sum(1)
-    return tuple((1 - lost / weight.clamp(min=1e-9)).where(weight > 0, torch.zeros(())).tolist())
+    return tuple((1 - lost / weight)[weight > 0].tolist())
 
 
 __all__ = ["DepthOptions", "Depths", "depth"]
