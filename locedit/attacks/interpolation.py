@@ -54,6 +54,8 @@ def interpolation(
     attack = Interpolation(fill(InterpolationOptions, options, method="interpolation"))
     plain = attack.prepared(model, edit)
     held = {name: other for name, other in (others or {}).items() if _is_change_of_weights(other)}
+    if left := [name for name in others or {} if name not in held]:
+        attack.notes.append(f"held otherwise than as weights, and left out: {', '.join(left)}")
     return carried_out(
         attack,
         model,
