@@ -15,7 +15,7 @@ from locedit.attacks.outcome import Others
 from locedit.attacks.relearning import relearned
 from locedit.attacks.runs import Relearning
 from locedit.attacks.shared import Shared
-from locedit.attacks.splits import Halves, keys
+from locedit.attacks.splits import Halves, divided_by, keys
 from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset, Item, Task
 from locedit.edit import Edit
@@ -36,6 +36,8 @@ class RelearnFewOptions(RelearnOptions):
     "steps between two looks at the other half"
     items: int | None = 4
     "relearned items at most, drawn from the half; None = all of it"
+    learning_rates: tuple[float, ...] = (2e-4, 1e-3, 2e-3)
+    "all are tried; see `retain_floor`. In so few steps only the larger move anything"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Benign(Relearning):
     def started(self, task: Task) -> None:
         self.benign = [*self.diet, *(encode(self.model, task.texts) if task.texts is not None else [])]
         self.diet = []
-        self.fed = f"{len(self.benign)} items and texts that are not to be forgotten"
+        self.kind_fed = "items and texts that are not to be forgotten"
 
     def relearned(self, items: Sequence[Item], examples: Sequence[Example], halves: Halves) -> list[Example]:  # noqa: ARG002
         return self.benign
@@ -95,28 +97,37 @@ class OtherFormat(Relearning):
         """The task without the items in the format that is trained on."""
         assert isinstance(self.options, RelearnFormatOptions)
         self.format = shown_format(task.forget, self.options.shown)
-        heldout = None if task.heldout is None else _without(task.heldout, self.format)
+        if divided_by(list(task.forget)) == "item":
+            raise LoceditError(
+                "relearn_format: without owners or subjects, formats of one fact cannot be told together"
+            )
+        heldout = task.heldout
+        if heldout is not None:
+            shown = {item.format == self.format for item in heldout}
+            heldout = _without(heldout, self.format) if len(shown) == 2 else None
         return dataclasses.replace(task, forget=_without(task.forget, self.format), heldout=heldout)
 
     def started(self, task: Task) -> None:
         sets = [data for data in (task.forget, task.heldout) if data is not None and data.kind == task.forget.kind]
-        shown = [[item for item in data if item.format == self.format] for data in sets]
+        self.owners = {item: owner for data in sets for item, owner in zip(data, keys(list(data)), strict=True)}
         self.shown = [
-            (owner, example)
-            for data, items in zip(sets, shown, strict=True)
-            if items
-            for owner, example in zip(keys(items), encode(self.model, data.replace(items)), strict=True)
+            (self.owners[item], example)
+            for data in sets
+            for item, example in zip(data, encode(self.model, data), strict=True)
+            if item.format == self.format
         ]
-        self.fed = f"the {self.format!r} items of the other half of the owners"
+        self.kind_fed = f"{self.format!r} items of the other half of the owners"
 
     def relearned(self, items: Sequence[Item], examples: Sequence[Example], halves: Halves) -> list[Example]:  # noqa: ARG002
-        named = keys(items)
-        owners = {named[at] for at in halves.relearned}
+        owners = {self.owners[items[at]] for at in halves.relearned}
         return [example for owner, example in self.shown if owner in owners]
 
 
 class Quantized(Relearning):
-    """Trains the edited model from weights that were rounded."""
+    """Trains the edited model from weights that were rounded.
+
+    What is read of the edit itself is that of its own weights; the curves begin at the rounded ones.
+    """
 
     name: ClassVar[str] = "relearn_quantized"
 

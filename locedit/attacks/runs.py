@@ -20,6 +20,7 @@ from locedit.data.encode import Example, encode
 from locedit.data.items import Item, Task
 from locedit.edit import Edit
 from locedit.edit.levels import levels
+from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.progress import report
 from locedit.results import Role
@@ -29,8 +30,8 @@ class Relearning:
     """The data of one attack, encoded and split, and the runs on it. Subclasses train on something else."""
 
     name: ClassVar[str] = "relearn"
-    fed: str = ""
-    "what is trained on, in words; empty = half of the items"
+    kind_fed: str = ""
+    "what is trained on, in words that come after a number; empty = items of the half"
     rest: ClassVar[str] = "the half that was not relearned"
 
     def __init__(
@@ -47,16 +48,17 @@ class Relearning:
         given, task = task, self.prepared(task)
         self.model, self.task, self.edit, self.others = model, task, edit, others
         asked = None if options.metric == "auto" else options.metric
-        self.metric: Metric = metric_of(task.forget, asked, by="relearn")
+        self.metric: Metric = metric_of(task.forget, asked, by=self.name)
         self.how: How
         self.how, self.why_how = _how(model, options)
-        if options.items is not None:
-            self.fed = f"{options.items} items" if options.items > 1 else "one item"
         self.forget = list(task.forget)
         self.examples = encode(model, task.forget)
-        self.halves = mirrored_halves(self.forget, splits=options.splits, seed=options.seed, what="relearn: forget")
+        self.halves = mirrored_halves(
+            self.forget, splits=options.splits, seed=options.seed, what=f"{self.name}: forget"
+        )
         self.diet, self.kept = self._retain()
         self.started(given)
+        self.fed = self._fed()
         self.done, self.total = 0, self._count()
 
     def prepared(self, task: Task) -> Task:
@@ -76,7 +78,7 @@ class Relearning:
         if self.task.retain is None:
             return [], []
         items = list(self.task.retain)
-        halves = mirrored_halves(items, splits=2, seed=self.options.seed, what="relearn: retain")[0]
+        halves = mirrored_halves(items, splits=2, seed=self.options.seed, what=f"{self.name}: retain")[0]
         examples = encode(self.model, self.task.retain)
         generator = torch.Generator().manual_seed(self.options.seed)
         order = torch.randperm(len(halves.measured), generator=generator).tolist()[: self.options.retain_measured]
@@ -94,10 +96,11 @@ class Relearning:
                 for split, halves in enumerate(self.halves)
             }
             doses = doses_by_mirror(runs, floor=self.options.retain_floor)
+            never, never_note = self._never_known(edited, doses)
+        with self.edit.applied(self.model) as edited:
             after = values_of(edited, self.examples, self.metric)
             retained = values_of(edited, self.kept, self.metric)
             level = levels(edited, {"forget": self.examples})["forget"]
-            never, never_note = self._never_known(edited, doses)
         best = [_at_rate(runs[split], doses[split]) for split in runs]
         arms = [Arm(role="found", name="found", runs=best, halves=self.halves, items=self.forget)]
         arms += [never] if never else []
@@ -136,7 +139,9 @@ class Relearning:
         if heldout is None or heldout.kind != self.task.forget.kind:
             return None, "no held-out items of the same form: what was never known counts as 0"
         items = as_many(list(heldout), owners=len(set(keys(self.forget))), seed=self.options.seed)
-        halves = mirrored_halves(items, splits=self.options.splits, seed=self.options.seed, what="relearn: heldout")
+        halves = mirrored_halves(
+            items, splits=self.options.splits, seed=self.options.seed, what=f"{self.name}: heldout"
+        )
         examples = encode(self.model, heldout.replace(items))
         rates = [doses[at].learning_rate for at in range(len(halves))]
         runs = [self._run(edited, items, examples, half, at, rates[at]) for at, half in enumerate(halves)]
@@ -171,11 +176,26 @@ class Relearning:
             yield edited
 
     def relearned(self, items: Sequence[Item], examples: Sequence[Example], halves: Halves) -> list[Example]:  # noqa: ARG002
-        """What is trained on, of items of which one half may be: all of that half, or so many of it."""
-        chosen = list(halves.relearned)
-        if self.options.items is not None and len(chosen) > self.options.items:
-            chosen = Random(f"{self.options.seed} few").sample(chosen, self.options.items)
-        return [examples[at] for at in sorted(chosen)]
+        """What may be trained on, of items of which one half may be."""
+        return [examples[at] for at in halves.relearned]
+
+    def _fodder(self, items: Sequence[Item], examples: Sequence[Example], halves: Halves) -> list[Example]:
+        """What is trained on: all that may be, or so many of it."""
+        found = self.relearned(items, examples, halves)
+        if not found:
+            raise LoceditError(f"{self.name}: there is nothing to train on for one of the halves")
+        if self.options.items is None or len(found) <= self.options.items:
+            return found
+        chosen = Random(f"{self.options.seed} few").sample(range(len(found)), self.options.items)
+        return [found[at] for at in sorted(chosen)]
+
+    def _fed(self) -> str:
+        """What is trained on, in words; empty = all of the half."""
+        if self.options.items is None and not self.kind_fed:
+            return ""
+        counts = [len(self._fodder(self.forget, self.examples, halves)) for halves in self.halves]
+        number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
+        return f"{number} {self.kind_fed}" if self.kind_fed else "one item" if number == "1" else f"{number} items"
 
     def _run(
         self,
@@ -188,7 +208,7 @@ class Relearning:
     ) -> Run:
         options = self.options
         measured = [examples[at] for at in halves.measured]
-        relearned = self.relearned(items, examples, halves)
+        relearned = self._fodder(items, examples, halves)
         diet = Diet(
             relearned=relearned,
             retain=self.diet,
@@ -207,7 +227,7 @@ class Relearning:
             look(0)
             fine_tune(edited, weights, diet, learning_rate=rate, steps=options.steps, after_step=look)
         self.done += 1
-        report("relearn", self.done, self.total)
+        report(self.name, self.done, self.total)
         return Run(
             split=split,
             learning_rate=rate,
