@@ -84,18 +84,27 @@ class LogitLens(ItemAttack[LogitLensOptions]):
 
 @torch.no_grad()
 def lens(model: Model, stream: Float[Tensor, "token d_model"], labels: Tensor) -> TokenScores:
-    """The token scores that the final norm and the unembedding give to states of the stream."""
-    norm, unembed = model.anatomy.module("ln_final"), model.anatomy.module("unembed")
+    """The token scores that the model's head gives to states of the stream."""
     log_probs: list[Tensor] = []
     ranks: list[Tensor] = []
     for start in range(0, len(stream), ROWS):
         part = stream[start : start + ROWS].to(device=model.device, dtype=model.dtype)
         own = labels[start : start + ROWS].to(model.device)
-        logits = precise(unembed(norm(part)))
+        logits = precise(_head(model, part))
         log_probs.append((logits.gather(1, own[:, None])[:, 0] - logits.logsumexp(1)).double().cpu())
         ranks.append(vocabulary_ranks(logits, own).cpu())
     whole = torch.cat(ranks)
     return TokenScores(log_probs=torch.cat(log_probs), ranks=whole, hits=(whole == 1).float())
+
+
+def _head(model: Model, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
+    """Final norm, unembedding and soft cap; of a masked model all of its head, which has a layer of its own."""
+    unembed = model.anatomy.module("unembed")
+    if not model.causal:
+        return next(part for part in model.core.children() if any(m is unembed for m in part.modules()))(states)
+    logits = unembed(model.anatomy.module("ln_final")(states))
+    cap = getattr(model.core.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _part(scores: TokenScores, here: Tensor) -> TokenScores:
