@@ -11,7 +11,8 @@ from locedit.data import Task
 from locedit.errors import LoceditError, nearest
 from locedit.listing import measure_rows
 from locedit.models import Model
-from locedit.options import kinds, parse
+from locedit.options import fill, kinds, parse
+from locedit.provenance import plain
 from locedit.registries import method_options
 from locedit.results import AttackResult, Evaluation
 from locedit.runs import Run, read_back
@@ -104,7 +105,7 @@ def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dic
     for name, options in plan.attacks.items():
         run_folder.stage(
             f"attacks/{name}",
-            key(model, task, **base, options={"seed": plan.seed, **options}),
+            key(model, task, **base, options=_filled(name, {"seed": plan.seed, **options})),
             lambda name=name, options=options: attack(name, {"seed": plan.seed, **options}),
             save=lambda made, folder: made.save(folder / "attack.json"),
             load=lambda folder: AttackResult.load(folder / "attack.json"),
@@ -115,6 +116,13 @@ def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dic
         evaluation.save(folder / "evaluation.json")
         write_json(folder / "stage.json", {"edit": digest, "attacks": [made.name for made in evaluation.attacks]})
     return evaluation
+
+
+def _filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of an attack, so that a result made with other defaults is not taken for one made with these."""
+    from locedit.attacks import ATTACKS
+
+    return plain(fill(ATTACKS[name].options, options, method=name))
 
 
 def _kept_attacks(run_folder: Run, base: dict[str, Any]) -> tuple[AttackResult, ...]:
