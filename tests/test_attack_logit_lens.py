@@ -58,7 +58,7 @@ def test_states_are_those_of_a_plain_forward_pass(family: str, batch_size: int) 
     found = recorded(model, examples, batch_size=batch_size)
     assert found.subjects is not None
     assert found.row.tolist() == [at for at, example in enumerate(examples) for _ in example.targets]
-    norm = model.anatomy.module("ln_final")
+    norm: Any = model.anatomy.module("ln_final")
     for at, example in enumerate(examples):
         wanted = hidden_states(model, example.ids)
         predicting = [target - 1 for target in example.targets]
@@ -118,8 +118,8 @@ def test_on_earlier_layers_it_is_norm_and_unembedding_by_hand(family: str) -> No
     model = tiny.model(family)
     own = side(model)
     read = lens_of(model, own, "probability")
-    head: Any = model.module.get_output_embeddings()
-    norm = model.anatomy.module("ln_final")
+    head: Any = model.core.get_output_embeddings()
+    norm: Any = model.anatomy.module("ln_final")
     for at, example in enumerate(own.examples):
         stream = hidden_states(model, example.ids)
         for layer in range(1, model.n_layers):

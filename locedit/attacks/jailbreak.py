@@ -15,7 +15,7 @@ from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.rephrased import MARK, framed
 from locedit.attacks.shared import Shared
 from locedit.data.encode import encode
-from locedit.data.files import check_exists, read_text
+from locedit.data.files import read_text
 from locedit.data.items import Dataset, Fact, Item, PrivateText, Task
 from locedit.edit import Edit
 from locedit.errors import LoceditError
@@ -98,7 +98,6 @@ class Jailbreak(ItemAttack[JailbreakOptions]):
 
 def read_templates(path: str) -> tuple[str, ...]:
     """One sentence a line, blank lines left out."""
-    check_exists(Path(path))
     found: list[str] = []
     for number, line in enumerate(read_text(Path(path)).splitlines(), start=1):
         if not line.strip():
@@ -106,6 +105,4 @@ def read_templates(path: str) -> tuple[str, ...]:
         if line.count(MARK) != 1:
             raise LoceditError(f"{path}:{number}: {line[:60]!r} must have {MARK} once")
         found.append(line.strip())
-    if not found:
-        raise LoceditError(f"{path}: no sentence in it; one a line, each with {MARK} once")
     return tuple(found)
