@@ -139,9 +139,12 @@ def _of_edit(model: Model, edit: Edit, examples: Sequence[Example]) -> Float[Ten
 
 @torch.no_grad()
 def _costs(
-    model: Model, examples: Sequence[Example], states: Float[Tensor, "layer token d_model"]
+    model: Model, examples: Sequence[Example], states: Float[Tensor, "stream token d_model"]
 ) -> Float[Tensor, "layer item"]:
-    """Nats a token that the answers lose in the unedited model with these states after each layer."""
+    """Nats a token that the answers lose in the unedited model with these states after each layer.
+
+    The first of `states` is what enters layer 0, which replaces nothing.
+    """
     starts = torch.tensor([0, *(len(example.targets) for example in examples)]).cumsum(0).tolist()
     place = {id(example): at for at, example in enumerate(examples)}
     costs = torch.zeros(model.n_layers, len(examples), dtype=torch.float64)
