@@ -19,7 +19,7 @@ ENTROPY = 0.5
 "share of the n-gram entropy that must be left"
 AUC = 0.3
 "membership AUC under which forget items stand out as less known than unseen ones, if its interval is under 0.5 too"
-MEMBERSHIP = ("mia_loss", "mia_zlib", "min_k", "min_k_plus_plus", "mia_recall", "mia_reference")
+MEMBERSHIP = ("mia_loss", "mia_zlib", "min_k", "min_k_plus_plus", "mia_recall", "mia_reference", "mia_gradient_norm")
 
 
 def alarms(evaluation: Evaluation) -> tuple[str, ...]:

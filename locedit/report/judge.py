@@ -6,6 +6,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Literal
 
+from locedit.evaluate.alarms import MEMBERSHIP
 from locedit.report.lines import main_column, retain_column
 from locedit.report.numbers import Spread, interval, spread
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure, Role
@@ -21,8 +22,10 @@ NEUTRAL = {
     "stereoset_ss": 0.5,
     "winogender_gap": 0.0,
     "winogender_correlation": 0.0,
+    **dict.fromkeys(MEMBERSHIP, 0.5),
+    "privleak": 0.0,
 }
-"metrics of which neither end is good: where a model without the association stands"
+"metrics of which neither end is good: where a model without the association, or that never saw the items, stands"
 
 GONE = 0.9
 "at least this share of the way to the floor: gone from direct questions"
@@ -218,6 +221,6 @@ def _shallow_stays(result: AttackResult) -> bool:
     """Whether the positive control was run and did not come back."""
     shares = [m for m in result.measures if m.name == SHARE and m.group and "shallow" in m.group]
     if result.headline.name == SHARE and shares:
-        return shares[0].value < BACK
+        return not shares[0].value >= BACK  # no number shows no power either
     shallow, never = at_end(result, "shallow"), at_end(result, "never knew")
     return shallow is not None and never is not None and shallow.low <= never.high

@@ -19,8 +19,8 @@ MOST_TELLING: tuple[Recovery, ...] = (
     "back", "partly back", "too wide", "like never knew", "below never knew", "no power", "never gone", "no control",
     "broken", "unmeasured",
 )  # fmt: skip
-"""Which of several attacks stands for a level: one that brings something back, else one that shows that nothing comes
-back, else one that shows nothing."""
+"""Which of several attacks stands for a level: one that brings something back, else one that may do so (its interval is
+too wide to tell), else one that shows that nothing comes back, else one that shows nothing."""
 SAID: dict[Recovery, str] = {
     "back": "comes back",
     "partly back": "comes back in part",
@@ -100,8 +100,11 @@ def sentence(rungs: Sequence[Rung]) -> str:
 def _says(rung: Rung) -> str:
     assert rung.best is not None
     names = ", ".join(name_of(result) for result, _ in rung.tried)
+    numbers = [result.headline for result, _ in rung.tried if result.headline.value == result.headline.value]
+    if not numbers:
+        return f"{SAID[rung.best[1]]} ({names})"
     most = " at most" if len(rung.tried) > 1 else ""
-    return f"{SAID[rung.best[1]]} ({names}{most} {with_interval(rung.best[0].headline)})"
+    return f"{SAID[rung.best[1]]} ({names}{most} {with_interval(max(numbers, key=lambda m: m.value))})"
 
 
 def name_of(result: AttackResult) -> str:

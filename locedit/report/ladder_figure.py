@@ -6,6 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.graph_objects import Figure
 
+from locedit.attacks.attack import ACCESS
 from locedit.report import judge
 from locedit.report.ladder import SAID, ladder, name_of, outcome, rows
 from locedit.report.palette import COLOURS, NAMES, RUN_SYMBOLS, SYMBOLS, figure, plain
@@ -22,7 +23,7 @@ def rungs(named: Sequence[tuple[str, Evaluation]]) -> Figure:
     0 = like items never known, 1 = like the model before the edit. Attacks whose number is no such share are left to
     the tables.
     """
-    labels = list(dict.fromkeys(row for _, evaluation in named for row in _rows(evaluation)))
+    labels = _labels([evaluation for _, evaluation in named])
     traces: list[Any] = []
     for number, (name, evaluation) in enumerate(named):
         shown = _rows(evaluation)
@@ -48,6 +49,13 @@ def rungs(named: Sequence[tuple[str, Evaluation]]) -> Figure:
     for x in (0, 1):
         made.add_vline(x=x, line={"color": COLOURS["never knew" if x == 0 else "unedited"], "width": 1, "dash": "dot"})
     return made
+
+
+def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The rows of all runs, the least access first; within a level those of the first run come first."""
+    found = dict.fromkeys(row for evaluation in evaluations for row in _rows(evaluation))
+    levels = [*ACCESS, "beside"]
+    return sorted(found, key=lambda row: levels.index(row.partition("<br>")[0]))
 
 
 def _rows(evaluation: Evaluation) -> dict[str, AttackResult]:
