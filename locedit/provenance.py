@@ -144,12 +144,26 @@ def peak_memory_mb(device: torch.device) -> float:
 def named_files(options: Mapping[str, Any]) -> dict[str, str]:
     """Option -> hash of the content of the file that it names, for those that name one: it decides a result too.
 
-    Of a folder, such as a model's, the names, sizes and times of its files.
+    Of a folder, such as a model's, the names, sizes and times of its files; of several files one hash of them all.
     """
-    texts = {name: value for name, value in options.items() if isinstance(value, str) and len(value) < 1000}
-    paths = {name: Path(value).expanduser() for name, value in texts.items() if value}
-    files = {name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for name, p in paths.items() if p.is_file()}
-    return files | {name: content_hash(_listing(p)) for name, p in paths.items() if p.is_dir()}
+    found: dict[str, str] = {}
+    for name, value in options.items():
+        parts = list(value) if isinstance(value, list | tuple) else [value]
+        hashes = [_content(Path(part).expanduser()) for part in parts if _may_be_path(part)]
+        if any(hashes):
+            found[name] = hashes[0] if len(parts) == 1 else content_hash(hashes)
+    return found
+
+
+def _may_be_path(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 1000
+
+
+def _content(path: Path) -> str:
+    """A hash of a file's bytes or a folder's listing; empty where there is neither."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return content_hash(_listing(path)) if path.is_dir() else ""
 
 
 def _listing(folder: Path) -> list[list[Any]]:

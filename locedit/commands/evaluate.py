@@ -29,8 +29,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
     run_folder, model, task = start(args)
     if plan.edit is not None:
         plan.edit.check(model)  # one of another model is said before anything is measured
-    others = _control_edits(args.edit, plan.edit) if plan.edit and plan.attacks else {}
-    if others:
+    others = _control_edits(args.edit, plan.edit) if plan.edit else {}
+    if others and plan.attacks:
         note(f"also attacked: {', '.join(others)}, from {Path(args.edit).parent / 'comparison'}")
     evaluation = evaluated(run_folder, model, task, plan, others)
     run_folder.write_once("run.json", about(args, model))
