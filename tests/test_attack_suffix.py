@@ -1,5 +1,6 @@
 """A suffix: gradients, candidates and losses against plain ones, the three settings, and what comes back."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,6 +144,29 @@ def test_what_was_searched_for_once_is_not_searched_for_again(
     given: dict[str, Any] = {**FAST, "steps": 1, "shallow": False}
     suffix(tiny_lab.model, tiny_lab.task, edit, **given, beside=("within_query",))
     assert len(counts) == 4, "two halves, forget and never known"
+
+
+def test_held_out_items_with_the_ids_of_forget_items_have_a_suffix_of_their_own(
+    tiny_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids are unique within a data set alone: the suffix of the forget items was once given to the held-out ones."""
+    forget, heldout = tiny_lab.task.forget, tiny_lab.task.heldout
+    assert heldout is not None
+    count = min(len(forget), len(heldout))
+    numbered = [
+        data.replace([dataclasses.replace(item, id=str(at)) for at, item in enumerate(list(data)[:count])])
+        for data in (forget, heldout)
+    ]
+    task = dataclasses.replace(tiny_lab.task, forget=numbered[0], heldout=numbered[1])
+    options = SuffixOptions(length=4, steps=1)
+    aim = aimed(tiny_lab.model, task, options, by="suffix", learns=True, shared=Shared(), narrow=None)
+    attack, target = Suffix(options), Target(model=tiny_lab.model, key="x")
+    seen = _watched(attack, monkeypatch)
+    sides = [side_of(tiny_lab.model, data, list(data)[:6]) for data in numbered]
+    first, second, again = (attack._searched(target, side, aim) for side in (*sides, sides[0]))  # pyright: ignore[reportPrivateUsage]
+    assert [owners for owners, _ in seen] == [set(side.owners) for side in sides]
+    assert first != second
+    assert again == first
 
 
 def test_a_suffix_found_on_the_unedited_model_is_the_one_that_is_found_there(tiny_lab: Lab, edit: Edit) -> None:

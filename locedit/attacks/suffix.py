@@ -171,8 +171,8 @@ class Suffix(ItemAttack[SuffixOptions]):
         options = self.options
         key = "unedited" if options.found_on == "unedited" else target.key
         how = dataclasses.replace(options, shallow=True, beside=())
-        ids = tuple(item.id for item in side.items)
-        return aim.shared.get(("suffix", key, aim.task.hash, ids, how), lambda: self._search(target.model, side, aim))
+        place = ("suffix", key, side.examples, how)
+        return aim.shared.get(place, lambda: self._search(target.model, side, aim))
 
     def _search(self, model: Model, side: Side, aim: Aim) -> list[Tokens]:
         options = self.options
