@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from locedit.data.items import PlainText
 from locedit.edit import zero
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
-from locedit.evaluate.choices import questions
+from locedit.evaluate.choices import Question, questions
 from locedit.evaluate.intervals import owner_index
 from locedit.evaluate.letters import letter_bias, picks, unevenness
 from locedit.evaluate.values import EvaluateOptions
@@ -132,6 +133,20 @@ def test_with_one_order_the_right_letters_go_round_the_facts() -> None:
     assert four == [0, 1, 2, 0]
 
 
+def test_every_further_round_of_orders_mixes_the_wrong_answers_again() -> None:
+    wrong = tuple(f" city {at}" for at in range(5))
+    made = questions([fact("1", "Anna is from", " Oslo", *wrong)], EvaluateOptions(choice_orders=24))[0]
+    rounds = [{_turned(one) for one in made[start : start + 6]} for start in range(0, 24, 6)]
+    assert all(len(each) == 1 for each in rounds), "within a round the options only move on"
+    assert len(set.union(*rounds)) > 1
+
+
+def _turned(question: Question) -> tuple[str, ...]:
+    """The options from the right one on, as they stand behind each other."""
+    shown = re.findall(r"\n[A-Z]\.  ?(.+)", question.fact.prompt)
+    return tuple(shown[question.right :] + shown[: question.right])
+
+
 def test_orders_hang_on_the_seed_alone() -> None:
     many = [fact(f"{at}", "Anna is from", " Oslo", " Lima", " Cairo", " Rome", " Bern") for at in range(4)]
     prompts = {
@@ -197,6 +212,26 @@ def test_bias_by_hand() -> None:
     assert found.low < found.value <= found.high
     assert math.isnan(letter_bias(rows, owners=["a"] * 4, options=EvaluateOptions()).low)
     assert picks(torch.tensor([1.0, 1.0, 0.0])).tolist() == [0.5, 0.5, 0]
+
+
+def test_the_interval_of_a_bias_holds_it_and_is_none_where_all_facts_are_alike() -> None:
+    """The draws of a distance lie above 0; they were once all of the interval, and two facts alike a certainty."""
+    rows = [row for row in torch.eye(4).double() for _ in range(5)]
+    found = letter_bias(rows, owners=[None] * 20, options=EvaluateOptions())
+    assert found.value == found.low == 0
+    assert found.high > 0.1
+    alike = letter_bias([torch.tensor([1.0, 0.0]).double()] * 2, owners=["a", "b"], options=EvaluateOptions())
+    assert alike.value == 0.5
+    assert math.isnan(alike.low)
+    assert math.isnan(alike.high)
+
+
+def test_owners_are_drawn_again_for_the_interval_of_a_bias() -> None:
+    rows = [torch.tensor([1.0, 0.0] if at < 12 else [0.0, 1.0]).double() for at in range(20)]
+    alone = letter_bias(rows, owners=[None] * 20, options=EvaluateOptions())
+    owned = letter_bias(rows, owners=[str(at // 4) for at in range(20)], options=EvaluateOptions())
+    assert owned.value == alone.value == pytest.approx(0.1)
+    assert owned.high > alone.high + 0.05
 
 
 def test_bias_of_all_facts_is_not_the_mean_of_theirs() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from locedit.evaluate.intervals import estimate_mean, owner_index, resampled_means
+from locedit.evaluate.intervals import around, estimate_mean, owner_index, resampled_means
 
 
 def test_interval_of_a_share_is_the_normal_one_when_items_are_many() -> None:
@@ -15,6 +15,16 @@ def test_interval_of_a_share_is_the_normal_one_when_items_are_many() -> None:
     assert found.value == 0.25
     assert found.low == pytest.approx(0.25 - half, abs=0.005)
     assert found.high == pytest.approx(0.25 + half, abs=0.005)
+
+
+def test_an_interval_around_a_number_holds_it() -> None:
+    draws = torch.linspace(0.1, 0.5, 41, dtype=torch.float64)
+    assert around(0.3, draws) == pytest.approx((0.3, 0.11, 0.49))
+    assert around(0.0, draws) == pytest.approx((0.0, 0.0, 0.49))
+    assert around(0.9, draws) == pytest.approx((0.9, 0.11, 0.9))
+    for none in (torch.full((9,), 0.3), torch.zeros(0)):
+        assert around(0.3, none).value == 0.3
+        assert math.isnan(around(0.3, none).low)
 
 
 def test_items_of_one_owner_are_drawn_together() -> None:

@@ -164,6 +164,12 @@ def test_terms_count_alike_whatever_the_number_of_their_items() -> None:
     assert value([lms, ss]).value == pytest.approx(0.6875 * 0.375 / 0.5)
     assert value([lms, ss], "124").value == pytest.approx((2.5 / 3) * (1 / 3) / 0.5)
     assert math.isnan(value([lms, ss], "124").low), "one term alone says nothing of others"
+    even = {"1": 1.0, "2": 0.5, "3": 0.5, "4": 0.0, "5": 0.5}
+    peak = value([dict.fromkeys("12345", 1.0), even])
+    assert peak.value == 1
+    assert math.isnan(peak.low), "both terms are alike"
+    peaks = _estimate([lms, even], dict(zip("12345", "abcde", strict=True)), EvaluateOptions(), list("12345"))
+    assert peaks.low < peaks.value <= peaks.high, "it is the largest that there can be at this lms"
     whole = value([lms, ss])
     assert whole.low == pytest.approx(0, abs=1e-9)
     assert whole.high == pytest.approx(0.6875 * 0.375 / 0.5), "of the draws aa, ab and bb"

@@ -87,6 +87,19 @@ def test_occupations_weigh_alike_whatever_the_number_of_their_pairs() -> None:
     assert _estimate(female, women, owners, EvaluateOptions(), list(women)).value == pytest.approx(expected)
 
 
+def test_two_occupations_or_one_group_have_no_correlation() -> None:
+    """Of two points it is always 1 or -1, which once stood there with an interval without width."""
+    women = {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.0}
+    female = {"a": 0.1, "b": 0.0, "c": 0.3, "d": -0.2}
+    owners = {key: key for key in women}
+    two = _estimate(female, women, owners, EvaluateOptions(), ["a", "b"])
+    assert all(math.isnan(value) for value in two)
+    one_group = _estimate(female, dict.fromkeys(women, 1.0), owners, EvaluateOptions(), list(women))
+    assert all(math.isnan(value) for value in one_group)
+    whole = _estimate(female, women, owners, EvaluateOptions(), list(women))
+    assert whole.low < whole.value <= whole.high
+
+
 def test_correlations_of_several_draws() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 3, 20, generator=generator, dtype=torch.float64)

@@ -84,6 +84,16 @@ def test_items_of_one_owner_are_not_taken_for_many() -> None:
     assert few.high - few.low > 1.5 * (many.high - many.low)
 
 
+def test_a_score_that_is_the_same_of_every_text_has_a_wide_interval() -> None:
+    """All pairs are ties: the bootstrap has no width, and 0.5 was once taken for a certainty, from two owners alone."""
+    tied = wins(torch.zeros(5), torch.zeros(7))
+    found = auc_estimate(tied, owners=list("aaabb"), other_owners=[None] * 7)
+    assert found.value == 0.5
+    reach = 1 - 0.025 ** (1 / 2)
+    assert (found.low, found.high) == pytest.approx((0.5 - reach / 2, 0.5 + reach / 2))
+    assert auc_estimate(tied, owners=[None] * 5, other_owners=[None] * 7).low > found.low
+
+
 def test_perfect_separation_has_the_binomial_bound() -> None:
     """With a chance of 0.025 ** (1 / 6) for each of six independent pairs all six come out right in 2.5 %."""
     won = wins(torch.arange(10.0) + 1, -torch.arange(6.0))

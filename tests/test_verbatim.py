@@ -1,5 +1,6 @@
 """Extraction strength, and what is really written: by hand, by plain transformers, by rouge_score."""
 
+import math
 from typing import Any
 
 import pytest
@@ -46,6 +47,17 @@ def hits(*values: int) -> TokenScores:
 )
 def test_strength_by_hand_with_its_true_zero(right: tuple[int, ...], expected: float) -> None:
     assert extraction_strength(hits(*right)) == pytest.approx(expected)
+
+
+def test_windows_of_one_text_are_not_taken_for_several() -> None:
+    """A text of several windows proves no more than one: its windows were once drawn again one by one."""
+    model = tiny.model("gpt2")
+    long = PlainText(text=" ".join(tiny.CORPUS * 2), id="long")
+    measure = evaluate(model, dataset(long), metrics=["extraction_strength"]).measures[0]
+    assert measure.n > 2
+    assert math.isnan(measure.low)
+    two = evaluate(model, dataset(long, PlainText(text=tiny.CORPUS[0], id="short")), metrics=["extraction_strength"])
+    assert not math.isnan(two.measures[0].low)
 
 
 def strength(model: Model, ids: list[int], start: int) -> float:
@@ -169,6 +181,20 @@ def test_rouge_by_hand() -> None:
     found = rouge("anna works as bakers", "anna the as baker of works")
     assert found == pytest.approx({"rouge_l_recall": 3 / 4, "rouge_l_f1": 2 * 0.75 * 0.5 / 1.25, "rouge_1_recall": 1.0})
     assert rouge("Осло", "Осло") is None
+
+
+def test_rouge_may_judge_fewer_tokens_than_the_answer_has() -> None:
+    model = tiny.model("gpt2")
+    fact = Fact(prompt="Anna Berg was born in", answer=" Oslo. Anna Berg works as a baker.", id="f")
+    (passage,) = passages(encode(model, dataset(fact)))[0]
+    (said,) = greedy(model, [passage])
+    assert len(said) == len(passage.reference) > 3
+    decode = model.tokenizer.decode
+    scorer = RougeScorer(["rouge1"], use_stemmer=True)
+    for tokens in (1, 3, None):
+        found = evaluate(model, dataset(fact), metrics=["rouge_1_recall"], rouge_tokens=tokens).measures[0]
+        expected = scorer.score(decode(list(passage.reference)), decode(list(said[:tokens])))["rouge1"].recall
+        assert found.value == pytest.approx(expected)
 
 
 def test_batches_and_padding_change_nothing() -> None:

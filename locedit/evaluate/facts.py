@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset, Fact, Item, PlainText, PrivateText
 from locedit.evaluate.scoring import TokenScores, token_scores
+from locedit.evaluate.utility import text_owners
 from locedit.evaluate.values import Values, View
 
 
 def span_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
-    """Metrics of the spans of every example; extraction_strength of a private text is of all of its tokens."""
+    """Metrics of the spans of every example; extraction_strength of a private text is of all of its tokens.
+
+    Plain texts longer than the context are scored in windows, each as an example of its own.
+    """
     if view.dataset.kind != "private" or "extraction_strength" not in names:
         return _of_spans(view, view.dataset, names)
     of_spans = [name for name in names if name != "extraction_strength"]
@@ -28,7 +32,8 @@ def _as_plain(item: Item) -> Item:
 def _of_spans(view: View, data: Dataset, names: Sequence[str]) -> dict[str, Values]:
     examples = encode(view.model, data)
     scores = token_scores(view.model, examples, batch_size=view.options.batch_size)
-    owners, groups = owners_of(examples), groups_of(examples)
+    owners = text_owners(examples) if data.kind == "plain" else owners_of(examples)
+    groups = groups_of(examples)
     return {
         name: Values(
             per_example={example.id: SPAN_VALUES[name](found) for example, found in zip(examples, scores, strict=True)},

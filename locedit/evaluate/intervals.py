@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 LEVEL = 0.95
+ALIKE = 1e-12
+"draws that are no further apart are alike but for rounding"
 
 
 class Estimate(NamedTuple):
@@ -59,6 +61,21 @@ def ends(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
     return low, high
+
+
+def around(value: float, draws: Float[Tensor, " draw"]) -> Estimate:
+    """A number that is no mean with the percentile interval of its draws, which always holds the number.
+
+    Draws of a distance from evenness, or of a product with a peak, can all lie on one side of it. Where they are all
+    alike there is no interval (both ends NaN): nothing in the sample shows how far off the number could be.
+
+    >>> around(0.0, torch.tensor([0.1, 0.2, 0.3])).low, around(0.5, torch.tensor([0.5, 0.5])).low
+    (0.0, nan)
+    """
+    if not len(draws) or bool((draws - draws[0]).abs().max() < ALIKE):
+        return Estimate(value, float("nan"), float("nan"))
+    low, high = ends(draws)
+    return Estimate(value, min(low, value), max(high, value))
 
 
 def estimate_mean(

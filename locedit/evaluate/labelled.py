@@ -17,7 +17,7 @@ from torch import Tensor
 from locedit.classification import Verbaliser, classify, label_numbers
 from locedit.data.items import LabelledText, Task
 from locedit.errors import LoceditError, nearest
-from locedit.evaluate.intervals import Estimate, ends, owner_index, resampled_means
+from locedit.evaluate.intervals import Estimate, around, owner_index, resampled_means
 from locedit.evaluate.values import EvaluateOptions, Values, View
 
 WITHIN: dict[str, tuple[bool | None, ...]] = {
@@ -99,7 +99,7 @@ def _estimate(
     if max(owner_index(owners)) == 0:
         return Estimate(value, float("nan"), float("nan"))
     drawn = resampled_means(columns, owners=owners, draws=options.draws, seed=options.seed)
-    return Estimate(value, *ends(gap(drawn, within=within)))
+    return around(value, gap(drawn, within=within))
 
 
 def gap(means: Float[Tensor, "draw column"], *, within: int) -> Float[Tensor, " draw"]:

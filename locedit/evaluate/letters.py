@@ -19,7 +19,7 @@ from torch import Tensor
 
 from locedit.data.items import Fact, Task
 from locedit.evaluate.choices import Question, letter_logits, questions
-from locedit.evaluate.intervals import Estimate, ends, owner_index, resampled_means
+from locedit.evaluate.intervals import Estimate, around, owner_index, resampled_means
 from locedit.evaluate.likelihoods import left_out, with_wrong
 from locedit.evaluate.values import EvaluateOptions, Values, View
 
@@ -99,7 +99,7 @@ def letter_bias(picked: Sequence[Tensor], *, owners: Sequence[str | None], optio
     if max(owner_index(owners)) == 0:
         return Estimate(value, math.nan, math.nan)
     drawn = resampled_means(table, owners=owners, draws=options.draws, seed=options.seed)
-    return Estimate(value, *ends(unevenness(drawn, sizes)))
+    return around(value, unevenness(drawn, sizes))
 
 
 def unevenness(shares: Float[Tensor, "*draw letter"], sizes: Sequence[int]) -> Float[Tensor, "*draw"]:

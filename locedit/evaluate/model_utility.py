@@ -18,7 +18,7 @@ from locedit.data.encode import encode
 from locedit.data.items import Dataset, Fact
 from locedit.data.readers import read_facts
 from locedit.errors import LoceditError
-from locedit.evaluate.intervals import Estimate, ends, owner_index, resampled_means
+from locedit.evaluate.intervals import Estimate, around, owner_index, resampled_means
 from locedit.evaluate.likelihoods import left_out, likelihoods, with_wrong
 from locedit.evaluate.truth_ratio import log_truth_ratio, true_is_likelier
 from locedit.evaluate.values import EvaluateOptions, Values, View
@@ -110,7 +110,7 @@ def utility(
         resampled_means(table, owners=owners[name], draws=options.draws, seed=options.seed + number)
         for number, (name, table) in enumerate(tables.items())
     ]
-    return Estimate(value, *ends(harmonic(torch.cat(drawn, dim=1))))
+    return around(value, harmonic(torch.cat(drawn, dim=1)))
 
 
 def _said(tables: Mapping[str, Float[Tensor, "fact 3"]]) -> list[str]:

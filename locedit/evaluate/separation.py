@@ -8,7 +8,9 @@ The interval is the cluster bootstrap with owners of both sets drawn again, inde
 are too narrow, so they are taken further out, by Student's t with one degree of freedom less than owners in the smaller
 set (the expanded percentile interval, Hesterberg 2015, arXiv:1411.5279, section 5). Where every pair comes out alike
 the bootstrap has no width: pairs without a common owner, of which there are as many as owners in the smaller set, are
-then independent trials with the AUC as their chance, and the binomial bound of Clopper and Pearson 1934 holds.
+then independent trials of whether another pair comes out so too, and the binomial bound of Clopper and Pearson 1934
+holds of the share of pairs that would not. Where all pairs are ties (a model that says the same of every text) they
+could be won or lost: the interval reaches to both sides of 0.5.
 """
 
 from collections.abc import Sequence
@@ -78,9 +80,10 @@ def auc_estimate(
     value, clusters = float(won.mean()), fewest(owners, other_owners)
     if clusters == 1:
         return Estimate(value, float("nan"), float("nan"))
-    if value in (0.0, 1.0):
-        alike = torch.full((clusters,), value, dtype=torch.float64)
-        return estimate_mean(alike, owners=[None] * clusters, bounds=(0.0, 1.0))
+    if bool((won == won[0, 0]).all()):
+        bound = estimate_mean(torch.ones(clusters), owners=[None] * clusters, bounds=(0.0, 1.0))
+        reach = bound.value - bound.low
+        return Estimate(value, value * (1 - reach), value + (1 - value) * reach)
     found = auc_draws(won, owners=owners, other_owners=other_owners, draws=draws, seed=seed)
     low, high = expanded_ends(found, clusters=clusters)
     return Estimate(value, min(low, value), max(high, value))

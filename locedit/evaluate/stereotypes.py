@@ -33,7 +33,7 @@ from locedit.data.drafts import Draft, TokenizedText
 from locedit.data.encode import Encoder, Example
 from locedit.data.items import ContrastPair
 from locedit.errors import LoceditError
-from locedit.evaluate.intervals import Estimate, ends, estimate_mean, owner_index, resampled_means
+from locedit.evaluate.intervals import Estimate, around, estimate_mean, owner_index, resampled_means
 from locedit.evaluate.scoring import TokenScores, token_scores
 from locedit.evaluate.sentences import drafted, example, start_token, tokenized, whole
 from locedit.evaluate.values import EvaluateOptions, Values, View
@@ -189,7 +189,7 @@ def _estimate(
     value = icat((table * weights[:, None]).sum(0) / weights.sum()).item()
     if max(owner_index(named)) == 0:
         return Estimate(value, float("nan"), float("nan"))
-    return Estimate(value, *ends(icat(resampled_means(table, owners=named, weights=weights, draws=draws, seed=seed))))
+    return around(value, icat(resampled_means(table, owners=named, weights=weights, draws=draws, seed=seed)))
 
 
 def icat(scores: Float[Tensor, "*draw 2"]) -> Float[Tensor, "*draw"]:

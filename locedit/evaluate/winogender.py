@@ -10,6 +10,7 @@ pronoun that most people of the occupation have (`group`), not the percentage, s
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,11 +21,13 @@ from locedit.data.items import ContrastPair
 from locedit.data.winogender import GENDERS, REFERENTS
 from locedit.errors import LoceditError
 from locedit.evaluate.association import associations
-from locedit.evaluate.intervals import Estimate, ends, resampled_means
+from locedit.evaluate.intervals import Estimate, around, resampled_means
 from locedit.evaluate.values import EvaluateOptions, Values, View
 
 MALE, FEMALE = GENDERS[:2]
 OCCUPATION = REFERENTS["0"]
+FEWEST = 3
+"occupations of which a correlation says anything"
 
 
 def winogender_metrics(view: View, names: Sequence[str]) -> dict[str, Values]:
@@ -63,7 +66,7 @@ def _gap(view: View, pairs: Sequence[ContrastPair], favoured: Mapping[str, float
 
 def _correlation(view: View, pairs: Sequence[ContrastPair], favoured: Mapping[str, float]) -> Values:
     """Correlation over occupations of the mean log-odds of "she" against "he" with being a woman's occupation."""
-    if len({pair.group for pair in pairs}) < 2 or len({pair.owner for pair in pairs}) < 3:
+    if len({pair.group for pair in pairs}) < 2 or len({pair.owner for pair in pairs}) < FEWEST:
         raise LoceditError(
             f"{view.dataset.source}: winogender_correlation needs three occupations or more, of both groups"
         )
@@ -85,7 +88,10 @@ def _estimate(
     options: EvaluateOptions,
     ids: Sequence[str],
 ) -> Estimate:
-    """Each occupation once, with the mean over its pairs; the occupations are drawn again for the interval."""
+    """Each occupation once, with the mean over its pairs; the occupations are drawn again for the interval.
+
+    Of two occupations the correlation is 1 or -1 whatever the model says: it is NaN, as where all are favoured alike.
+    """
     of: dict[str, list[str]] = {}
     for key in ids:
         of.setdefault(owners[key], []).append(key)
@@ -93,13 +99,15 @@ def _estimate(
         [[sum(column[key] for key in keys) / len(keys) for column in (female, women)] for keys in of.values()],
         dtype=torch.float64,
     )
+    if len(points) < FEWEST:
+        return Estimate(math.nan, math.nan, math.nan)
     points = points - points.mean(0)
     x, y = points.unbind(1)
     moments = torch.stack([x, y, x * x, y * y, x * y], dim=1)
     drawn = correlation(resampled_means(moments, owners=[None] * len(of), draws=options.draws, seed=options.seed))
     drawn = drawn[drawn.isfinite()]  # a draw of occupations that are all favoured alike has none
     value = correlation(moments.mean(0, keepdim=True)).item()
-    return Estimate(value, *(ends(drawn) if len(drawn) else (float("nan"), float("nan"))))
+    return around(value, drawn)
 
 
 def correlation(moments: Float[Tensor, "draw 5"]) -> Float[Tensor, " draw"]:
