@@ -130,7 +130,7 @@ def cost(model: Model, example: Example, layer: int, states: Tensor, places: lis
 
 
 def by_hand(model: Model, retain: Model, edited: Model) -> list[float]:
-    """The score of every fact."""
+    """The score of every fact that the retain model says less of."""
     found: list[float] = []
     for example in encode(model, FACTS):
         places = [target - 1 for target in example.targets]
@@ -141,7 +141,8 @@ def by_hand(model: Model, retain: Model, edited: Model) -> list[float]:
             if d1 > 0.05:
                 total += d1 * min(max(d2 / d1, 0.0), 1.0)
                 weight += d1
-        found.append(total / weight)
+        if weight > 0:
+            found.append(total / weight)
     return found
 
 
@@ -151,14 +152,16 @@ def test_it_is_the_score_by_hand_at_the_positions_that_predict(model: Model, ret
     with untouched(model):
         found = depth(model, TASK, edit, retain_model=folder, **PLAIN)
     scores = by_hand(model, retain, other)
-    assert found.headline.value == pytest.approx(1 - sum(scores) / 4, abs=1e-4)
+    mean = sum(scores) / len(scores)
+    assert found.headline.n == len(scores) >= 3
+    assert found.headline.value == pytest.approx(1 - mean, abs=1e-4)
     assert 0.1 < found.headline.value < 0.9
     first = encode(model, FACTS)[0]
     own = streams(retain, first)[0]
     assert len(first.targets) == 1
     assert cost(model, first, 0, own, [*first.targets]) == 0, "from the answer's own position nothing is predicted"
     assert cost(model, first, 0, own, [first.targets[0] - 1]) != 0
-    assert f"unlearning depth score {sum(scores) / 4:.2f}" in found.sentence
+    assert f"unlearning depth score {mean:.2f}" in found.sentence
     again = depth(model, Task(forget=dataset("forget", FACTS[::-1])), edit, retain_model=folder, **PLAIN)
     assert again.headline.value == pytest.approx(found.headline.value, abs=1e-6)
 
