@@ -319,7 +319,7 @@ def test_what_was_hidden_comes_back_and_what_was_never_known_does_not() -> None:
     assert found.headline.name == "share_back"
     assert found.headline.value == pytest.approx((by_group[None].value - never) / (before - never), abs=0.02)
     assert found.headline.low > 0.3
-    assert found.sentence.startswith("Comes back")
+    assert found.sentence.startswith("It comes back")
     assert "with 12 items of 6 owners" in found.sentence
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.measures import metric_of, values_of
-from locedit.attacks.options import ControlOptions, Metric
+from locedit.attacks.options import ControlOptions, Metric, check_floor
 from locedit.attacks.shared import Shared
 from locedit.attacks.splits import Halves, as_many, divided_by, keys, mirrored_halves
 from locedit.data.encode import Example, encode
@@ -39,6 +39,7 @@ class ItemOptions(ControlOptions):
                 raise LoceditError(f"{name}={getattr(self, name)!r} must be at least 1")
         if self.splits % 2:
             raise LoceditError(f"splits={self.splits!r} must be an even number: splits come in mirrored pairs")
+        check_floor(self.retain_floor)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,9 +132,7 @@ def aimed(
     elif divided_by(forget.items) == "item":
         notes.append("no owners or subjects: the halves are of single items, and one may give away another")
     heldout = _never_known(model, task, options, narrow, forget, notes)
-    never = () if heldout is None else _halves(heldout, options, learns=learns, what=f"{by}: heldout")
-    if heldout is not None and len(never) != len(halves):
-        raise LoceditError(f"{by}: heldout: one owner alone cannot be split in halves; two or more are needed")
+    never = () if heldout is None else _as_many_halves(heldout, halves, options, learns=learns, by=by)
     known, kept = _retain(model, task, options, narrow)
     if not kept.items:
         notes.append("no retain data: nothing shows what the attack broke")
@@ -170,6 +169,18 @@ def _halves(side: Side, options: ItemOptions, *, learns: bool, what: str) -> tup
     if not learns and len(set(side.owners)) < 2:
         return (Halves(relearned=(), measured=tuple(range(len(side)))),)
     return tuple(mirrored_halves(side.items, splits=options.splits, seed=options.seed, what=what))
+
+
+def _as_many_halves(
+    heldout: Side, halves: Sequence[Halves], options: ItemOptions, *, learns: bool, by: str
+) -> tuple[Halves, ...]:
+    """Halves of the held-out items; all items as one where those of the forget set are."""
+    if len(halves) == 1:
+        return (Halves(relearned=(), measured=tuple(range(len(heldout)))),)
+    never = _halves(heldout, options, learns=learns, what=f"{by}: heldout")
+    if len(never) == 1:
+        raise LoceditError(f"{by}: heldout: one owner alone cannot be split in halves; two or more are needed")
+    return never
 
 
 def _never_known(

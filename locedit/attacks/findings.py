@@ -13,6 +13,7 @@ from locedit.attacks.measures import level_measure, share_measure
 from locedit.attacks.options import RelearnOptions
 from locedit.attacks.recovery import Dose, Run, at_dose, mean_by_item, share_back
 from locedit.attacks.splits import Halves, divided_by, keys
+from locedit.attacks.verdicts import BROKE, broken, verdict
 from locedit.data.items import Item
 from locedit.evaluate.intervals import Estimate
 from locedit.provenance import plain
@@ -153,6 +154,7 @@ def sentence(found: Findings) -> str:
     text += "".join(f"; {part}" for part in _comparisons(found))
     if len(found.retain_ids):
         text += f"; retain {_mean(found.retained(main))} ({_mean(found.retain_after)} before the attack)"
+        text += BROKE if broken(found.retain_after, found.retained(main)) else ""
     return text + "."
 
 
@@ -166,15 +168,10 @@ def _half(main: Arm) -> str:
 
 def _verdict(share: Estimate, left: float) -> str:
     """The finding in words. `left`, the share that the edit left in place."""
-    if share.value != share.value:
-        return "No share can be given (hardly more was known before than is guessed)"
     if 0.3 <= share.value <= left:
         return f"No more comes back than the edit left ({share.value:.0%})"
-    if share.value >= 0.7:
-        return f"Comes back ({share.value:.0%})"
-    if share.value >= 0.3:
-        return f"Comes back in part ({share.value:.0%})"
-    return f"Hardly comes back ({max(share.value, 0):.0%})"
+    said = verdict(share)
+    return said[0].upper() + said[1:]
 
 
 def _comparisons(found: Findings) -> list[str]:

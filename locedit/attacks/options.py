@@ -31,6 +31,12 @@ class ControlOptions:
             raise LoceditError(f"shallow_learning_rate={self.shallow_learning_rate!r} must be above 0")
 
 
+def check_floor(retain_floor: float) -> None:
+    """Raises LoceditError for a floor that is no share."""
+    if not 0 <= retain_floor <= 1:
+        raise LoceditError(f"retain_floor={retain_floor!r} must be a share from 0 to 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RelearnOptions(ControlOptions):
     """How hard the attacker tries."""
@@ -70,6 +76,7 @@ class RelearnOptions(ControlOptions):
             raise LoceditError(f"relearn: splits={self.splits!r} must be an even number: splits come in mirrored pairs")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise LoceditError(f"relearn: learning_rates={self.learning_rates!r} must be one or more positive numbers")
+        check_floor(self.retain_floor)
 
     @property
     def looks(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from locedit.attacks.item_attack import Arm, Dose, ItemAttack, Options, Struck, 
 from locedit.attacks.measures import level_measure, share_measure
 from locedit.attacks.recovery import share_back
 from locedit.attacks.shared import Shared
+from locedit.attacks.verdicts import BROKE, broken, verdict
 from locedit.data.items import Task
 from locedit.edit import Edit
 from locedit.evaluate.intervals import Estimate
@@ -118,6 +119,7 @@ class Outcome:
         text += "".join(f"; {part}" for part in self._comparisons())
         if len(found.kept_attacked) and not self.attack.reads_itself:
             text += f"; retain {_mean(found.kept_attacked)} ({_mean(found.kept_after)} before the attack)"
+            text += BROKE if broken(found.kept_after, found.kept_attacked) else ""
         return text + "."
 
     def _doses(self) -> list[Dose]:
@@ -213,17 +215,6 @@ class Outcome:
     def _share_of(self, arm: Arm) -> Measure:
         name = arm.name if arm.role == "other" or arm.role in arm.name else f"{arm.role}: {arm.name}"
         return share_measure(self.share(arm), len(arm.side), group=name)
-
-
-def verdict(share: Estimate) -> str:
-    """In words, for the middle of a sentence."""
-    if share.value != share.value:
-        return "no share can be given (hardly more was known before than is guessed)"
-    if share.value >= 0.7:
-        return f"it comes back ({share.value:.0%})"
-    if share.value >= 0.3:
-        return f"it comes back in part ({share.value:.0%})"
-    return f"hardly anything is back ({max(share.value, 0):.0%})"
 
 
 def _mean(values: Tensor) -> str:
