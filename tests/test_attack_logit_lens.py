@@ -17,6 +17,7 @@ from locedit.attacks.shared import Shared
 from locedit.attacks.states import recorded
 from locedit.data.items import Dataset, Fact, Task
 from locedit.edit import Edit
+from locedit.edit.tokens import ControlTokens
 from locedit.errors import LoceditError
 from locedit.lab import Lab
 from locedit.models import Model
@@ -136,6 +137,22 @@ def test_the_order_of_items_changes_nothing() -> None:
     plain = lens_of(model, side(model), "probability")
     mixed = lens_of(model, side_of(model, dataset("f", [items[at] for at in order])), "probability")
     assert torch.allclose(plain[:, order], mixed, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_control_tokens_before_the_text_are_not_counted_as_its_positions(family: str) -> None:
+    model = tiny.model(family)
+    own = side(model)
+    before = values_of(model, own.examples, "probability")
+    rows = 3 * torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(1))
+    edit = Edit(kind="tokens", fingerprint=model.fingerprint, tokens=ControlTokens(names=("<|a|>",), rows=rows))
+    with untouched(model), edit.applied(model) as edited:
+        wanted = values_of(edited, own.examples, "probability")
+        read = lens_of(edited, own, "probability")
+    assert not torch.allclose(wanted, before, rtol=0.1)
+        again = lens_of(edited, own, "probability")
+    assert torch.allclose(read[-1], wanted, rtol=1e-3, atol=1e-12)
+    assert torch.equal(again, read)
 
 
 # --- on a lab ---------------------------------------------------------------------------------------------------------

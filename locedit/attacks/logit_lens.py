@@ -102,7 +102,9 @@ def _head(model: Model, states: Float[Tensor, "token d_model"]) -> Float[Tensor,
     unembed = model.anatomy.module("unembed")
     if not model.causal:
         return next(part for part in model.core.children() if any(m is unembed for m in part.modules()))(states)
-    logits = unembed(model.anatomy.module("ln_final")(states))
+    # control tokens that the last forward pass had are cut off before the unembedding: as many rows stand for them
+    front = sum(tokens.chosen is not None for tokens in model.prefixes)
+    logits = unembed(model.anatomy.module("ln_final")(states)[:, None].expand(-1, 1 + front, -1))[:, -1]
     cap = getattr(model.core.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -76,9 +76,10 @@ def recorded(model: Model, examples: Sequence[Example], *, batch_size: int = 32)
 
 
 def _keep(taken: dict[str, tuple[Tensor, Tensor]], name: str, at: Tensor, ends: Tensor, value: Tensor) -> Tensor:
-    rows = torch.arange(len(ends), device=value.device)
-    own = value[at.to(value.device)].float().cpu()
-    taken[name] = (own, value[rows, ends.to(value.device)].float().cpu())
+    """Record the text's own positions, which control tokens may stand before."""
+    rows, text = torch.arange(len(ends), device=value.device), value[:, value.shape[1] - at.shape[1] :]
+    own = text[at.to(value.device)].float().cpu()
+    taken[name] = (own, text[rows, ends.to(value.device)].float().cpu())
     return value
 
 
