@@ -15,7 +15,10 @@ from locedit.data.items import Item, TokenText
 from locedit.edit import Edit
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
-from locedit.evaluate.membership_scores import gradient_norms, lowest, signals_of, texts_of
+from locedit.evaluate.membership import Sets, _leak_estimate, leak  # pyright: ignore[reportPrivateUsage]
+from locedit.evaluate.membership_scores import Text, gradient_norms, lowest, signals_of, texts_of
+from locedit.evaluate.separation import auc_draws, auc_estimate, expanded_ends
+from locedit.evaluate.values import EvaluateOptions
 from locedit.models import Model
 from locedit.unlearn import unlearn
 from tests import tiny
@@ -147,6 +150,20 @@ def test_gradient_norms_equal_autograd(architecture: str) -> None:
     assert [p.requires_grad for p in parameters] == kept
 
 
+@pytest.mark.parametrize("norm", ["global", "tensor_mean"])
+def test_of_members_the_gradient_is_smaller(norm: str) -> None:
+    model = tiny.model("gpt2")
+    found = evaluate(model, TASK, metrics=["mia_gradient_norm"], gradient_norm=norm)
+    measure = found.get("forget", "mia_gradient_norm", stage="before")
+    members, others = (
+        gradient_norms(model, texts_of(model, dataset(items)), norm=norm)  # type: ignore[arg-type]
+        for items in (TEXTS, OTHERS)
+    )
+    truth = [1] * len(members) + [0] * len(others)
+    assert measure.value == pytest.approx(roc_auc_score(truth, [-value for value in (*members, *others)]))
+    assert measure.value != 0.5
+
+
 def loss_by_hand(model: Model, ids: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
     """Mean negative log-likelihood of the targets; of a masked model each masked alone."""
     row = torch.tensor([ids])
@@ -245,6 +262,31 @@ def test_privleak_by_hand_with_and_without_a_retain_model(tmp_path: Any) -> None
     assert sum(measure.per_example.values()) / 4 == pytest.approx(measure.value)
     assert measure.low < measure.value < measure.high
     assert f"AUC_ref {reference.value:.3g}" in measure.note
+
+
+def test_the_interval_of_privleak_holds_that_of_both_models_in_the_same_samples() -> None:
+    """Beside a fixed AUC_ref alone it would say nothing of how uncertain the reference is."""
+    members, others = 12, 12
+    generator = torch.Generator().manual_seed(0)
+    won, reference = (torch.rand(members, others, generator=generator).round().double() for _ in range(2))
+    reference[:, :9] = 1  # an uncertain reference near 1 makes the quotient uncertain
+    sets = Sets(members=[_text("m", at) for at in range(members)], others=[_text("o", at) for at in range(others)])
+    options = EvaluateOptions()
+    found = _leak_estimate(options, sets, won, reference, sets.owners)
+    owned = {"owners": sets.owners, "other_owners": sets.other_owners}
+    fixed = auc_estimate(won, **owned)
+    low, high = (
+        100 * (float(reference.mean()) - end) / (1 - float(reference.mean())) for end in (fixed.high, fixed.low)
+    )
+    draws = leak(*(auc_draws(each, **owned) for each in (won, reference)))
+    joint = expanded_ends(draws, clusters=12)
+    assert found.low == pytest.approx(min(low, joint[0]))
+    assert found.high == pytest.approx(max(high, joint[1]))
+    assert (found.low, found.high) != pytest.approx((low, high)), "the reference counts"
+
+
+def _text(kind: str, at: int) -> Text:
+    return Text(id=f"{kind}{at}", owner=None, text="", examples=())
 
 
 def test_privleak_says_when_it_divides_by_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

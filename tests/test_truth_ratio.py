@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def write(file: Path, items: tuple[Fact, ...]) -> str:
     return str(file)
 
 
-def test_model_utility_is_the_harmonic_mean_of_the_parts(tmp_path: Path) -> None:
+def test_model_utility_is_the_harmonic_mean_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("gpt2")
     task = Task(forget=dataset(FACTS[0]), retain=dataset(*FACTS))
     further = Task(forget=dataset(FACTS[0]), retain=dataset(*MANY))
@@ -201,7 +202,21 @@ def test_model_utility_is_the_harmonic_mean_of_the_parts(tmp_path: Path) -> None
     expected = 0 if 0 in numbers else 6 / sum(1 / number for number in numbers)
     assert measure.value == pytest.approx(expected, rel=1e-4)
     assert measure.n == len(FACTS) + len(MANY)
-    assert "world.json: probability" in measure.note
+    said = {float(number) for number in re.findall(r"(?:probability|recall|ratio) ([0-9.e-]+)", measure.note)}
+    assert said == {float(f"{number:.3g}") for number in numbers}, "the number of 0 hides none of the others"
+    monkeypatch.setattr("locedit.evaluate.model_utility.scores", lambda *_, **__: [{"rouge_l_recall": 0.4}] * len(MANY))
+    monkeypatch.setattr("locedit.evaluate.model_utility.with_wrong", lambda *_, **__: list(MANY))
+    again = evaluate(model, further, metrics=["model_utility"], utility_sets=(file,), **settings)
+    names = ["truth_ratio", "normalized_probability"]
+    ratio, normalized = (
+        evaluate(model, further, metrics=names, **settings).get("retain", name, stage="before").value for name in names
+    )
+    own = [log_probs(model, item.prompt, item.answer) for item in MANY]
+    plain = sum(math.exp(sum(each) / len(each)) for each in own) / len(own)
+    parts = [plain, 0.4, ratio, normalized, 0.4, ratio]
+    assert again.get("retain", "model_utility", stage="before").value == pytest.approx(
+        6 / sum(1 / part for part in parts), rel=1e-4
+    )
     assert set(measure.per_example) >= {"a1", "world.json/world.json:1"}
 
 
@@ -218,6 +233,15 @@ def test_one_zero_makes_it_zero_and_draws_stay_within_their_sets() -> None:
     means = [*mixed.mean(0).tolist(), 0.5, 0.5, 0.5]
     assert found.value == pytest.approx(6 / sum(1 / mean for mean in means))
     assert found.low < found.value < found.high
+
+
+def test_the_sets_of_a_utility_are_drawn_independently() -> None:
+    """What one set has more of in a draw the other would have less of, were both drawn alike: no width."""
+    rising = torch.linspace(0.3, 0.7, 8).double()[:, None].expand(-1, 3)
+    owners = {"retain": [None] * 8, "world": [None] * 8}
+    found = utility({"retain": rising, "world": 1 - rising}, owners, options=EvaluateOptions())
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.low > 0.1
 
 
 @pytest.mark.parametrize(
