@@ -183,6 +183,8 @@ def test_where_no_layer_counts_there_is_no_number(model: Model, folder: str) -> 
     found = depth(model, TASK, edit_to(model, model), retain_model=folder, least=1e6, **PLAIN)
     assert math.isnan(found.headline.value)
     assert found.headline.n == 0
+    assert "No unlearning depth score can be given" in found.sentence
+    assert "nan" not in found.sentence
     assert "at no layer do 4 items differ from the retain model" in found.note
     assert all(curve.x == () for curve in found.curves)
 

@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from locedit.attacks.aim import ItemOptions, aimed
+from locedit.attacks.jailbreak import jailbreak
 from locedit.attacks.options import RelearnOptions
 from locedit.attacks.shared import Shared
 from locedit.attacks.verdicts import BROKEN, broken, shown, verdict
 from locedit.data.items import Fact, Task
+from locedit.edit import Edit
+from locedit.edit.regions import Patch, Region
 from locedit.errors import LoceditError
 from locedit.evaluate.intervals import Estimate
+from locedit.lab import Lab
 from locedit.report import judge
 from locedit.results import AttackResult, Curve, Measure
 from tests import tiny
+from tests.struck import forgotten
 from tests.unlearning import dataset
 
 NAN = float("nan")
@@ -96,3 +101,16 @@ def test_a_floor_is_a_share(options: type[ItemOptions | RelearnOptions], floor: 
     assert options(retain_floor=0.0).retain_floor == 0.0
     with pytest.raises(LoceditError, match="retain_floor=.* must be a share from 0 to 1"):
         options(retain_floor=floor)
+
+
+def test_what_the_edit_left_is_said_before_what_the_attack_brings_back(tiny_lab: Lab) -> None:
+    """An edit that left everything once had it come back in part, by an attack that breaks the model."""
+    model = tiny_lab.model
+    name = next(iter(model.anatomy.parameters))
+    patch = Patch(region=Region(param=name), values=model.parameter(name).detach().clone())
+    nothing = Edit(kind="weights", fingerprint=model.fingerprint, patches=(patch,))
+    found = jailbreak(model, tiny_lab.task, nothing, shallow=False, draws=20)
+    assert found.sentence.startswith("The edit itself left 1")
+    assert "in place. Inside a sentence" in found.sentence
+    gone = jailbreak(model, tiny_lab.task, forgotten(tiny_lab), shallow=False, draws=20)
+    assert gone.sentence.startswith("Inside a sentence")

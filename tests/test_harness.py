@@ -218,6 +218,10 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         given: dict[str, Any] = {"model": model, "tasks": ["my_facts"], "include_path": tasks, **options}
         with pytest.raises(LoceditError, match=message):
             harness(**given)
+    (tasks / "torn.yaml").write_text("task: [torn")
+    with pytest.raises(LoceditError, match=r"harness: .*torn\.yaml: not YAML: while parsing a flow sequence"):
+        harness(model, ["my_facts"], include_path=tasks)
+    (tasks / "torn.yaml").unlink()
     (tasks / "my_facts.jsonl").unlink()
     with pytest.raises(LoceditError, match="harness: my_facts: FileNotFoundError: Unable to find"):
         harness(model, ["my_facts"], include_path=tasks)
@@ -254,4 +258,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_name_that_there_is_not_is_said_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     """The harness's own list of tasks is read, which takes seconds."""
     assert main(["harness", "no/such/model", "--tasks", "hellaswagg"]) == 2
-    assert "unknown task 'hellaswagg'; did you mean 'hellaswag'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown task 'hellaswagg'; did you mean 'hellaswag'" in said
+    assert len(said) < 200, "of thousands of tasks not all are listed"
+
+
+@pytest.mark.slow
+def test_a_name_that_is_not_in_the_folder_is_said_beside_those_that_are(tmp_path: Path) -> None:
+    tasks = local_task(tmp_path / "tasks", FACTS)
+    with pytest.raises(LoceditError, match=rf"unknown task 'zzzz'; [\d,]+ are known; in {tasks}: my_facts$"):
+        harness(tiny.model("gpt2"), ["zzzz"], include_path=tasks)

@@ -182,12 +182,9 @@ def _result(
     found, count = shares["found"], int(scored.sum())
     if any(role == "shallow" and not shares[name].value >= POWER for name, (role, _) in arms.items()):
         notes.append("the shallow control does not score as shallow: a deep score elsewhere proves little")
-    sentence = f"Put layer by layer into the unedited model, the edited model's states say that {verdict(found)}: "
-    sentence += f"unlearning depth score {1 - found.value:.2f} (0 = the unedited model, 1 = the retain model)"
-    sentence += "".join(f"; {name}: {1 - share.value:.2f}" for name, share in shares.items() if name != "found")
     return AttackResult(
         name="depth",
-        sentence=f"{sentence}.",
+        sentence=_sentence(shares, options.least),
         headline=share_measure(found, count, note="; ".join(notes)),
         curves=tuple(_curves(depths, arms)),
         measures=tuple(
@@ -198,6 +195,18 @@ def _result(
         settings=plain(options),
         note="; ".join(notes),
     )
+
+
+def _sentence(shares: Mapping[str, Estimate], least: float) -> str:
+    found = shares["found"]
+    if math.isnan(found.value):
+        return (
+            "No unlearning depth score can be given: at no layer do the retain model's states cost an answer more than "
+            f"{least:g} nats a token, as if it knew them all."
+        )
+    text = f"Put layer by layer into the unedited model, the edited model's states say that {verdict(found)}: "
+    text += f"unlearning depth score {1 - found.value:.2f} (0 = the unedited model, 1 = the retain model)"
+    return text + "".join(f"; {name}: {1 - share.value:.2f}" for name, share in shares.items() if name != "found") + "."
 
 
 def _share(score: Tensor, owners: Sequence[str], scored: Tensor, options: DepthOptions) -> Estimate:

@@ -80,9 +80,16 @@ class Outcome:
 
     def share(self, arm: Arm) -> Estimate:
         """How much of what was known is there under attack on that arm, above what was never known."""
+        return self._share(self.back(arm), arm)
+
+    def _left(self) -> Estimate:
+        """The same of what the edit left in place, without the attack."""
+        return self._share(self.found.after, self.main)
+
+    def _share(self, values: Float[Tensor, " item"], arm: Arm) -> Estimate:
         never = self.found.arm("never knew")
         return share_back(
-            self.back(arm),
+            values,
             self.found.before,
             owners=arm.side.owners,
             control=self.never(arm),
@@ -110,7 +117,9 @@ class Outcome:
         """The finding in one sentence."""
         found, metric = self.found, self.found.aim.metric.replace("_", " ")
         never = self.never(self.main)
-        text = f"{self.attack.lead}{self._at()} {verdict(self.share(self.main))}: forget {metric} "
+        left = self._left().value
+        text = f"The edit itself left {left:.0%} in place. " if left >= POWER else ""
+        text += f"{self.attack.lead}{self._at()} {verdict(self.share(self.main))}: forget {metric} "
         stages = ("read off likewise before the edit", "said after it") if self.attack.reads_itself else STAGES
         text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {stages[0]}, {_mean(found.after)} {stages[1]}"
         text += f"; items never known reach {_mean(never)})" if never is not None else ")"

@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 def check_exists(path: Path) -> None:
     if path.is_dir():
-        raise LoceditError(f"{path}: is a folder; a file of facts was wanted (a folder is a task)")
+        raise LoceditError(f"{path}: is a folder; a file was wanted (as data a folder is a task)")
     if not path.exists():
         beside = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)[:8]
         around = f"; beside it: {', '.join(beside)}" if beside else ""

@@ -8,6 +8,7 @@ there, its built-in tasks are not even looked at.
 
 import copy
 import dataclasses
+import difflib
 import fnmatch
 import io
 import logging
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from locedit.edit import Edit
-from locedit.errors import LoceditError, nearest
+from locedit.errors import LoceditError
 from locedit.models import Model
 from locedit.provenance import Provenance, measure
 from locedit.results import Stage, to_json
@@ -155,17 +156,38 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> tuple[A
     if include_path is not None and not Path(include_path).is_dir():
         raise LoceditError(f"harness: include_path={str(include_path)!r} is no folder")
     require_harness()
+    if include_path is not None:
+        _check_yaml(Path(include_path))
     with _quiet(), _random_states():
         from lm_eval.tasks import TaskManager
 
         path = None if include_path is None else str(include_path)
         manager = TaskManager(include_path=path, include_defaults=path is None)
+        own = [] if path is None else list(manager.all_tasks)
         if path is not None and not all(_matching(name, manager.all_tasks) for name in tasks):
             manager = TaskManager(include_path=path)
     for name in tasks:
         if not _matching(name, manager.all_tasks):
-            raise LoceditError(f"harness: unknown task {name!r}; {nearest(name, manager.all_tasks)}")
+            raise LoceditError(f"harness: unknown task {name!r}; {_known(name, own, manager.all_tasks, path)}")
     return manager, list(dict.fromkeys(found for name in tasks for found in _matching(name, manager.all_tasks)))
+
+
+def _check_yaml(folder: Path) -> None:
+    """Raises LoceditError for a file that is not YAML, of which the harness would only say that its task is unknown."""
+    import yaml
+
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise LoceditError(f"harness: {file}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _known(name: str, own: Sequence[str], known: Sequence[str], path: str | None) -> str:
+    """What there is instead: the nearest of thousands, and all of the user's own."""
+    close = difflib.get_close_matches(name, known, n=3)
+    mine = "" if path is None else f"; in {path}: {', '.join(own) or 'no task'}"
+    return (f"did you mean {' or '.join(map(repr, close))}? " if close else "") + f"{len(known):,} are known{mine}"
 
 
 def _matching(name: str, known: Sequence[str]) -> list[str]:
