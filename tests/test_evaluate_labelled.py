@@ -12,7 +12,8 @@ from locedit.classification import Verbaliser, classify
 from locedit.data import Dataset, LabelledText, Task
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
-from locedit.evaluate.labelled import WITHIN, gap, rate_cells
+from locedit.evaluate.labelled import WITHIN, _estimate, gap, rate_cells  # pyright: ignore[reportPrivateUsage]
+from locedit.evaluate.values import EvaluateOptions
 from locedit.results import Evaluation, Measure
 from tests import tiny
 
@@ -98,6 +99,19 @@ def test_a_difference_by_hand() -> None:
         cells = rate_cells(list("aaabb"), truth, within)
         found = gap(torch.cat([cells, cells * said[:, None]], 1).mean(0, keepdim=True), within=len(within))
         assert float(found) == pytest.approx(expected[name])
+
+
+def test_texts_of_one_owner_are_drawn_together() -> None:
+    """Four owners of ten texts that are classed alike prove as little as four texts: the interval is far wider."""
+    said = torch.tensor([at // 10 % 2 == 0 for at in range(40)])
+    cells = rate_cells(["a" if at < 20 else "b" for at in range(40)], said, (None,))
+    options = EvaluateOptions()
+    alone = _estimate(cells, said, [None] * 40, options, within=1)
+    owned = _estimate(cells, said, [str(at // 10) for at in range(40)], options, within=1)
+    assert owned.value == alone.value == 0
+    assert alone.high < 0.5
+    assert owned.high == 1
+    assert math.isnan(_estimate(cells, said, ["x"] * 40, options, within=1).low)
 
 
 def test_batches_and_order_change_nothing_and_renaming_groups_neither() -> None:

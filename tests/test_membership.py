@@ -11,12 +11,21 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from locedit.data import Dataset, Fact, PlainText, PrivateText, Task
+from locedit.data.encode import Example, Span
 from locedit.data.items import Item, TokenText
 from locedit.edit import Edit
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
 from locedit.evaluate.membership import Sets, _leak_estimate, leak  # pyright: ignore[reportPrivateUsage]
-from locedit.evaluate.membership_scores import Text, gradient_norms, lowest, signals_of, texts_of
+from locedit.evaluate.membership_scores import (
+    Text,
+    after_prefix,
+    gradient_norms,
+    lowest,
+    signals_of,
+    texts_of,
+    without_specials,
+)
 from locedit.evaluate.separation import auc_draws, auc_estimate, expanded_ends
 from locedit.evaluate.values import EvaluateOptions
 from locedit.models import Model
@@ -196,6 +205,17 @@ def test_recall_by_hand_without_the_items_of_the_prefix() -> None:
     others = [ratio(item.text) for at, item in enumerate(OTHERS) if at != first]
     for item in TEXTS:
         assert found.per_example[item.id] == sum(ratio(item.text) > other for other in others) / 3
+
+
+def test_a_prefix_stands_behind_the_token_that_begins_a_text() -> None:
+    model = tiny.model("gpt2")
+    span = Span(start=1, end=3, label="plain")
+    example = Example(id="1", ids=(1, 50, 51, 2), spans=(span,), kind="plain")  # <s> ... </s>
+    text = Text(id="1", owner=None, text="", examples=(example,))
+    (longer,) = after_prefix(model, text, (60, 61)).examples
+    assert longer.ids == (1, 60, 61, 50, 51, 2)
+    assert longer.targets == (3, 4)
+    assert without_specials(model, text) == (50, 51)
 
 
 def test_recall_leaves_out_the_owners_of_its_prefix() -> None:

@@ -73,6 +73,17 @@ def test_nf4_takes_the_nearest_level_of_each_block() -> None:
     assert float(single) == pytest.approx(float(weight.flatten()[BLOCK])), "a block of one is its own absmax"
 
 
+def test_of_two_nf4_levels_as_near_the_lower_is_taken_and_64_weights_share_a_scale() -> None:
+    borders = torch.tensor(SCHEMES["nf4"].borders)
+    codes = SCHEMES["nf4"].encode(borders[None], torch.ones(1, 1))
+    assert codes[0].tolist() == list(range(15))
+    weight = torch.full((1, 128), 0.1)
+    weight[0, 63], weight[0, 127] = 1.0, 0.1
+    found = rounded(weight, SCHEMES["nf4"])[0]
+    assert found[:63].unique().tolist() == pytest.approx([NF4[8]]), "the scale of the first 64 is 1"
+    assert found[64:].unique().tolist() == pytest.approx([0.1])
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_zeros_stay_zeros(name: str) -> None:
     assert torch.equal(rounded(torch.zeros(3, 64), SCHEMES[name]), torch.zeros(3, 64))
