@@ -283,7 +283,7 @@ def _evaluate(commands: Commands) -> None:  # type: ignore[type-arg]
     _model_and_data(parser)
     parser.add_argument("--edit", metavar="FOLDER", help="an edit folder; without it the model is measured as it is")
     parser.add_argument("--metrics", metavar="NAME,...", help="only these, see `locedit metrics`")
-    parser.add_argument("--attacks", default="", metavar="NAME,...", help="e.g. relearn")
+    parser.add_argument("--attacks", metavar="NAME,...", help="e.g. relearn")
     parser.add_argument("--seed", type=int, default=0)
     _out(parser)
 

@@ -112,5 +112,6 @@ def test_what_the_edit_left_is_said_before_what_the_attack_brings_back(tiny_lab:
     found = jailbreak(model, tiny_lab.task, nothing, shallow=False, draws=20)
     assert found.sentence.startswith("The edit itself left 1")
     assert "in place. Inside a sentence" in found.sentence
+    assert "no more is there than that" in found.sentence
     gone = jailbreak(model, tiny_lab.task, forgotten(tiny_lab), shallow=False, draws=20)
     assert gone.sentence.startswith("Inside a sentence")

@@ -507,6 +507,8 @@ def test_pairs_go_through_the_command_line(folder: Path, tmp_path: Path) -> None
     [
         (["evaluate", "{model}", "{task}", "--metrics", "probabilty", "--out", "{out}"], "did you mean 'probability'"),
         (["evaluate", "{model}", "{task}", "--attacks", "relearn", "--out", "{out}"], "--edit FOLDER"),
+        (["evaluate", "{model}", "{task}", "--attacks", "", "--out", "{out}"], "--attacks '' names nothing"),
+        (["evaluate", "{model}", "{task}", "--metrics", " ,", "--out", "{out}"], "--metrics ' ,' names nothing"),
         (["evaluate", "{model}", "{task}", "--edit", "{task}", "--out", "{out}"], "edit.json: no such file"),
         (["evaluate", "{model}", "{task}", "--extraction-m", "3", "--out", "{out}"], "did you mean 'extraction_n'"),
         (["evaluate", "{model}", "{task}", "--extraction-n", "0", "--out", "{out}"], "extraction_n=0"),

@@ -117,9 +117,14 @@ class Outcome:
         """The finding in one sentence."""
         found, metric = self.found, self.found.aim.metric.replace("_", " ")
         never = self.never(self.main)
-        left = self._left().value
+        left, share = self._left().value, self.share(self.main)
+        said = (
+            f"no more is there than that ({share.value:.0%})"
+            if left >= POWER and share.value <= left
+            else verdict(share)
+        )
         text = f"The edit itself left {left:.0%} in place. " if left >= POWER else ""
-        text += f"{self.attack.lead}{self._at()} {verdict(self.share(self.main))}: forget {metric} "
+        text += f"{self.attack.lead}{self._at()} {said}: forget {metric} "
         stages = ("read off likewise before the edit", "said after it") if self.attack.reads_itself else STAGES
         text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {stages[0]}, {_mean(found.after)} {stages[1]}"
         text += f"; items never known reach {_mean(never)})" if never is not None else ")"

@@ -37,7 +37,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     table(("measure", "before", "after", "n"), measure_rows(evaluation))
     for attack in evaluation.attacks:
         note(attack.sentence)
-    if len(evaluation.attacks) > 1:
+    if evaluation.attacks:
         table(("access", "attack", "share back", "what it says"), rows(evaluation))
     for line in alarms(evaluation):
         note(f"alarm: {line}")
@@ -61,7 +61,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     from locedit.attacks import ATTACKS, check_attacks
     from locedit.evaluate.suite import evaluate_options, plan_of
 
-    names = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    names = _names("--attacks", args.attacks) or []
     for name in names:
         if name not in ATTACKS:
             raise LoceditError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
@@ -70,7 +70,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         known = nearest(next(iter(words)), _metric_options())
         raise LoceditError(f"unknown option --{next(iter(words))}; of the metrics: {known}; others are of --attacks")
     options = {name: method_options(ATTACKS, name, words, several=names) for name in names}
-    metrics = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
+    metrics = _names("--metrics", args.metrics)
     if names and not args.edit:
         raise LoceditError(f"attack {names[0]!r} needs an edit to attack; give --edit FOLDER")
     edit = _read_edit(args.edit) if args.edit else None
@@ -78,6 +78,16 @@ def _plan(args: argparse.Namespace) -> Plan:
     check_attacks(names, edit=edit, options=options, task=task)
     plan_of(task, evaluate_options({"metrics": metrics, **own}), edited=edit is not None)
     return Plan(edit=edit, metrics=metrics, own=own, attacks=options, seed=args.seed)
+
+
+def _names(option: str, text: str | None) -> list[str] | None:
+    """The names between the commas; None where the option was not given."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise LoceditError(f"{option} {text!r} names nothing")
+    return names
 
 
 def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dict[str, Any]) -> Evaluation:
