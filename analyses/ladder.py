@@ -42,12 +42,11 @@ LEVEL = 0.35
 TRAIN: dict[str, Any] = {"steps": 200, "batch_size": 32, "eval_every": 5, "until": LEVEL}
 RATES = {"whole": 3e-4, "found": 1e-2}
 METHODS: dict[str, dict[str, Any]] = {
-    "ga": {"retain_weight": 1.0},
+    "grad_diff": {"retain_weight": 1.0},
     "npo": {"retain_weight": 1.0},
     "adv_npo": {"retain_weight": 1.0},
     "rmu": {"retain_weight": 1.0},
     "undial": {"retain_weight": 1.0},
-    "ihl": {"retain_weight": 1.0},
 }
 ATTACKED = ("jailbreak", "probe", "logit_lens", "latent", "quantization", "relearn_few", "relearn", "depth")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -100,11 +99,11 @@ def edits(lab: Lab) -> dict[str, Callable[[], Edit]]:
 
     made: dict[str, Callable[[], Edit]] = {
         "suppression in the last MLPs": suppressed,
-        "zeroed neurons, by hooks": lambda: hooked(lab),
+        "neurons zeroed by hooks": lambda: hooked(lab),
     }
     for method in METHODS:
         made[method] = lambda method=method: unlearned(method, "whole")
-    made["npo, found neurons"] = lambda: unlearned("npo", "found")
+    made["npo in found neurons"] = lambda: unlearned("npo", "found")
     made["retrained without the facts"] = lambda: le.unlearn(model, task, "sisa")
     return made
 
