@@ -133,6 +133,13 @@ def a_run(name: str = "", *, attack: AttackResult | None = None, evil: bool = Fa
     )
 
 
+def test_the_heading_of_several_runs_names_no_edit_of_one_of_them() -> None:
+    """Beside a run without an edit, that of the other once stood over both."""
+    bare = RunResults(name="b", scores=(some_scores(),))
+    assert "Edit: zero</p>" in report(a_run("a")).html()
+    assert "Edit: zero</p>" not in report(a_run("a"), bare).html()
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 

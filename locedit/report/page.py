@@ -141,10 +141,9 @@ def _title(runs: Sequence[RunResults]) -> str:
 
 def _subtitle(runs: Sequence[RunResults]) -> str:
     models = ", ".join(_models(runs))
-    edits = [str(run.edit["text"]) for run in runs if run.edit and run.edit.get("text")]
-    return "; ".join(
-        part for part in (f"Model: {models}" if models else "", f"Edit: {edits[0]}" if len(edits) == 1 else "") if part
-    )
+    edit = runs[0].edit if len(runs) == 1 else None  # of several runs each says its own
+    text = str(edit.get("text") or "") if edit else ""
+    return "; ".join(part for part in (f"Model: {models}" if models else "", f"Edit: {text}" if text else "") if part)
 
 
 def _models(runs: Sequence[RunResults]) -> list[str]:
