@@ -8,7 +8,9 @@ import torch
 
 import locedit as le
 from locedit.attacks.aim import aimed
+from locedit.attacks.finetuning import Diet
 from locedit.attacks.inserted import drawn_tokens, inserted, ordinary_tokens
+from locedit.attacks.item_attack import strike
 from locedit.attacks.shared import Shared
 from locedit.attacks.soft_prompt import SoftPrompt, SoftPromptOptions, prefixed, soft_prompt, start_rows
 from locedit.data.encode import Batch, collate, encode
@@ -90,6 +92,43 @@ def test_learning_moves_the_rows_alone_and_lowers_the_loss_of_what_it_learns_fro
             with prefixed(edited, at):
                 losses.append(float(nll_of_examples(edited, learned.examples).mean()))
     assert losses[1] < losses[0] - 0.5
+
+
+def test_nothing_is_learned_from_what_is_measured(tiny_lab: Lab, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forget and of the held-out items alike, from the other half, and from retain items."""
+    model, task = tiny_lab.model, tiny_lab.task
+    attack, aim = _aimed(model, task, steps=1, look_every=1, restarts=1, shallow=False)
+    seen: list[Diet] = []
+
+    def fed(_: Model, __: Any, diet: Diet, *, after_step: Any, **more: Any) -> None:
+        del more
+        seen.append(diet)
+        after_step(1)
+
+    monkeypatch.setattr("locedit.attacks.soft_prompt.fine_tune", fed)
+    strike(attack, aim, edit, {})
+    sides = [(aim.forget, half) for half in aim.forget_halves] + [(aim.heldout, half) for half in aim.heldout_halves]
+    assert [set(diet.relearned) for diet in seen] == [set(side.at(half.relearned).examples) for side, half in sides]
+    for diet, (side, half) in zip(seen, sides, strict=True):
+        assert set(diet.relearned).isdisjoint(side.at(half.measured).examples)
+        assert set(diet.retain) == set(aim.known.examples)
+        assert set(diet.retain).isdisjoint(aim.kept.examples)
+    alone, aim = _aimed(model, task, steps=1, look_every=1, restarts=1, retain_weight=0.0)
+    alone.learned(model, aim.forget.at(aim.forget_halves[0].relearned), aim)
+    assert not seen[-1].retain
+
+
+def test_a_restart_is_judged_by_forget_and_retain_loss_together(tiny_lab: Lab) -> None:
+    model = tiny_lab.model
+    for weight in (0.0, 0.5):
+        attack, aim = _aimed(model, tiny_lab.task, retain_weight=weight, retain_measured=5)
+        rows = start_rows(model, ordinary_tokens(model, aim.shared), 3, seed=0)
+        learned = aim.forget.at(aim.forget_halves[0].relearned)
+        with prefixed(model, rows):
+            forget = float(nll_of_examples(model, learned.examples).mean())
+            retain = float(nll_of_examples(model, aim.known.examples[:5]).mean())
+        found = attack._loss(model, rows, learned, aim)  # pyright: ignore[reportPrivateUsage]
+        assert found == pytest.approx(forget + weight * retain)
 
 
 def test_of_restarts_the_one_with_the_lowest_loss_on_what_was_learned_counts(tiny_lab: Lab) -> None:

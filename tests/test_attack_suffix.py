@@ -103,7 +103,7 @@ def _watched(attack: Suffix, monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[
 
 @pytest.mark.parametrize("setting", ["cross_target", "cross_query", "within_query"])
 def test_each_setting_measures_what_it_says(tiny_lab: Lab, setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = SuffixOptions(length=4, steps=1)
+    options = SuffixOptions(length=4, steps=1, metric="probability")
     aim, attack = _aimed(tiny_lab, options), Suffix(options, setting=setting)
     seen = _watched(attack, monkeypatch)
     half = aim.forget_halves[0]
@@ -118,12 +118,12 @@ def test_each_setting_measures_what_it_says(tiny_lab: Lab, setting: Any, monkeyp
             at for at, item in enumerate(measured.items) if setting != "cross_query" or item.group not in relations
         ]
         rows = [with_suffix(measured.examples[at], (41 + number, 50, 60, 70)) for at in places]
-        expected[places] = values_of(tiny_lab.model, rows, "accuracy")
+        expected[places] = values_of(tiny_lab.model, rows, "probability")
         assert owners == set((learned if setting == "cross_target" else measured).owners)
     assert len(seen) == (2 if setting == "cross_query" else 1)
     assert torch.equal(values["forget"][0], expected)
     kept = [
-        values_of(tiny_lab.model, [with_suffix(one, (41 + at, 50, 60, 70)) for one in aim.kept.examples], "accuracy")
+        values_of(tiny_lab.model, [with_suffix(one, (41 + at, 50, 60, 70)) for one in aim.kept.examples], "probability")
         for at in range(len(seen))
     ]
     assert torch.allclose(values["retain"][0], torch.stack(kept).mean(0))
@@ -313,6 +313,10 @@ def test_the_loss_never_rises_and_one_token_is_found_exactly() -> None:
     assert losses[-1] < losses[0]
     assert all(loss == pytest.approx(_plain_loss(model, _examples(), tokens), abs=1e-5) for tokens, loss in course)
     assert {token for tokens, _ in course for token in tokens} <= set(allowed.tolist())
+    blind = Search(length=3, steps=12, top_k=29, candidates=1, batch_size=64, seed=2)
+    losses = [loss for _, loss in searched(model, _examples(), allowed, blind)]
+    assert losses == sorted(losses, reverse=True), "a single candidate is often worse, and then left"
+    assert len(set(losses)) < len(losses)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -61,6 +61,17 @@ def test_it_is_chosen_by_the_share_and_not_by_the_margin(never: list[float], bes
     assert chosen == {0: best, 1: best}
 
 
+def test_where_hardly_anything_can_be_said_of_anything_little_has_come_back() -> None:
+    """Shares by hand 0.5 and 0.8, of distances of 0.4 and 0.05: the latter is taken as 0.2, and makes 0.2."""
+    found, control = arm([0.3, 0.49], [0.3, 0.49]), arm([0.1, 0.45], [0.1, 0.45], data="heldout")
+    assert choose(found, control, KEPT, known=0.5, floor=0.9)[0] == {0: 0, 1: 0}
+
+
+def test_of_equal_doses_the_mildest_counts() -> None:
+    found = arm([0.1, 0.3, 0.3 + 1e-9], [0.1, 0.3, 0.3 + 1e-9])
+    assert choose(found, None, KEPT, known=1.0, floor=0.9)[0] == {0: 1, 1: 1}
+
+
 def test_doses_that_break_the_retain_side_do_not_count() -> None:
     found = arm([0.4, 0.6, 0.9], [0.4, 0.6, 0.9], retain=[0.95, 0.9, 0.5])
     assert choose(found, None, KEPT, known=1.0, floor=0.9) == ({0: 1, 1: 1}, True)
