@@ -13,6 +13,7 @@ import torch
 import locedit as le
 from locedit.cli import main
 from locedit.data import Dataset, Fact, encode
+from locedit.data.encode import Example, collate
 from locedit.edit import Edit, scale
 from locedit.edit.tokens import ControlTokens
 from locedit.errors import LoceditError
@@ -146,6 +147,30 @@ def test_likelihoods_with_a_control_token_are_ours(architecture: str, tmp_path: 
         assert row.after == pytest.approx(expected(), rel=1e-4)
     assert row.after != pytest.approx(row.before, rel=1e-2)
     assert row.before_stderr is not None
+
+
+def test_a_text_that_fills_the_context_leaves_room_for_a_control_token(tmp_path: Path) -> None:
+    """Positions are counted from the token on: a text cut to the whole context would end one too far."""
+    model = tiny.model("gpt2")
+    tokens = ControlTokens(names=("<|good|>",), rows=torch.ones(1, tiny.D_MODEL))
+    edit = Edit(kind="tokens", fingerprint=model.fingerprint, tokens=tokens)
+    long = Fact(prompt="Anna Berg was born in Oslo." + " Anna Berg was born in Oslo." * 20, answer=" Lima", id="long")
+    assert len(model.tokenizer(long.prompt).input_ids) > tiny.CONTEXT
+    tasks = local_task(tmp_path, [long], name="answers", form=LIKELIHOOD)
+    row = harness(model, ["answers"], edit, include_path=tasks).get("answers", "perplexity")
+    ids = tuple(model.tokenizer(long.prompt + long.answer).input_ids)
+    size = len(model.tokenizer(long.answer).input_ids)
+
+    @torch.inference_mode()
+    def expected(room: int) -> float:
+        """Of the answer after the last tokens that fit; its own last token need not go in."""
+        given = Example(id="long", ids=ids[-room - 1 : -1], spans=(), kind="fact")
+        logits = model.logits(collate([given], model))[0, -size:]
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-size:]), reduction="sum").exp())
+
+    assert row.before == pytest.approx(expected(tiny.CONTEXT), rel=1e-3)
+    with edit.applied(model):
+        assert row.after == pytest.approx(expected(tiny.CONTEXT - 1), rel=1e-3)
 
 
 def test_a_model_that_writes_behind_a_control_token_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
 from locedit.evaluate.facts import extraction_strength
 from locedit.evaluate.scoring import TokenScores
-from locedit.evaluate.verbatim import greedy, passages, rouge
+from locedit.evaluate.verbatim import Passage, _judged, greedy, passages, rouge  # pyright: ignore[reportPrivateUsage]
 from locedit.lab import Lab
 from locedit.models import Model
 from tests import tiny
@@ -183,18 +183,16 @@ def test_rouge_by_hand() -> None:
     assert rouge("Осло", "Осло") is None
 
 
-def test_rouge_may_judge_fewer_tokens_than_the_answer_has() -> None:
+def test_rouge_judges_as_many_tokens_as_are_asked_for_also_where_the_answer_has_more() -> None:
     model = tiny.model("gpt2")
-    fact = Fact(prompt="Anna Berg was born in", answer=" Oslo. Anna Berg works as a baker.", id="f")
-    (passage,) = passages(encode(model, dataset(fact)))[0]
-    (said,) = greedy(model, [passage])
-    assert len(said) == len(passage.reference) > 3
-    decode = model.tokenizer.decode
-    scorer = RougeScorer(["rouge1"], use_stemmer=True)
-    for tokens in (1, 3, None):
-        found = evaluate(model, dataset(fact), metrics=["rouge_1_recall"], rouge_tokens=tokens).measures[0]
-        expected = scorer.score(decode(list(passage.reference)), decode(list(said[:tokens])))["rouge1"].recall
-        assert found.value == pytest.approx(expected)
+    first, both = (tuple(model.tokenizer(text).input_ids) for text in (" Oslo", " Oslo Lima"))
+    assert both[: len(first)] == first
+    prompt = encode(model, dataset(Fact(prompt="Anna Berg was born in", answer=" Oslo", id="f")))[0].prompt()
+    passage = Passage(prompt=prompt, reference=both)
+    for tokens, recall in ((None, 1.0), (len(both), 1.0), (len(first), 0.5)):
+        judged = _judged(model, passage, both, tokens)
+        assert judged["verbatim_completion"] == 1, "it is judged by all that was written"
+        assert judged["rouge_1_recall"] == judged["rouge_l_recall"] == recall
 
 
 def test_batches_and_padding_change_nothing() -> None:
