@@ -176,7 +176,7 @@ def test_the_ends_of_the_scale(model: Model, retain: Model, folder: str) -> None
     assert curves["nothing"].columns["recovered"] == pytest.approx([1.0] * len(curves["nothing"].x), abs=1e-5)
     assert curves["found"].columns["recovered"] == pytest.approx(curves["retain model"].columns["recovered"], abs=1e-5)
     back = depth(model, TASK, nothing, retain_model=folder, **PLAIN)
-    assert "it comes back (100%)" in back.sentence
+    assert "still carry 100% of what the retain model's lack" in back.sentence
 
 
 def test_where_no_layer_counts_there_is_no_number(model: Model, folder: str) -> None:

@@ -144,6 +144,7 @@ def test_what_is_shut_in_one_context_comes_back_in_another(name: str, request: p
     assert "context-conditional" not in found.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "name"), [(few_shot, "reminded"), (jailbreak, "pressed")])
 def test_they_repeat_themselves(
     attack: Any, name: str, request: pytest.FixtureRequest, tiny_lab: Lab, edit: Edit
@@ -305,6 +306,7 @@ def test_wrong_options_give_one_line(tiny_lab: Lab, edit: Edit, attack: Any, giv
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_control_is_shared_only_between_equals(tiny_lab: Lab, edit: Edit) -> None:
     """Its contexts are part of what it depends on: other sentences once got the edit of the first ones."""
     shared = Shared()

@@ -177,6 +177,7 @@ def test_an_edit_that_only_hides_is_found_out(tiny_lab: Lab, hidden: Edit) -> No
     assert curve.columns["recovered"][0] == curve.columns["recovered"][1] < curve.columns["recovered"][2]
 
 
+@pytest.mark.slow
 def test_a_scheme_whose_cells_are_too_narrow_to_hide_anything_is_named(tiny_lab: Lab, edit: Edit) -> None:
     model, task = tiny_lab.model, tiny_lab.task
     few = {"shallow_steps": 120, "draws": 100}
@@ -192,6 +193,7 @@ def test_a_scheme_whose_cells_are_too_narrow_to_hide_anything_is_named(tiny_lab:
     assert all(curve.role != "shallow" for curve in alone.curves)
 
 
+@pytest.mark.slow
 def test_int8_brings_back_its_control_where_weights_have_outliers(tiny_lab: Lab) -> None:
     model = _with_outliers(tiny_lab)
     edit = _forgotten(model, tiny_lab)
@@ -201,6 +203,7 @@ def test_int8_brings_back_its_control_where_weights_have_outliers(tiny_lab: Lab)
     assert all(curve.x == (8, 4) and min(curve.columns["recovered"]) > 0.7 for curve in shallow)
 
 
+@pytest.mark.slow
 def test_both_backends_give_the_same_result(tiny_lab: Lab, edit: Edit, found: AttackResult) -> None:
     pytest.importorskip("bitsandbytes")
     again = quantization(tiny_lab.model, tiny_lab.task, edit, schemes=("nf4",), draws=100, backend="bitsandbytes")

@@ -74,6 +74,7 @@ def test_the_other_settings_stand_beside_the_headline_with_controls_of_their_own
     assert all(curve.matched is not None for curve in found.curves if not curve.track)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_every_time(tiny_lab: Lab, edit: Edit) -> None:
     given: dict[str, Any] = {**FAST, "steps": 2, "shallow": False, "beside": (), "metric": "probability"}
     first, again, other = (suffix(tiny_lab.model, tiny_lab.task, edit, **given, seed=seed) for seed in (0, 0, 1))

@@ -237,7 +237,7 @@ def test_the_table_and_the_caption_hold_every_attack() -> None:
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["prompting", "few shot", "0.02 [-0.08, 0.12]", "like a model that never knew"],
         ["fine-tuning", "relearn", "0.80 [0.70, 0.90]", "comes back"],
-        ["beside", "interpolation", "1.00 [0.95, 1.05]", "comes back"],
+        ["beside", "interpolation", "1.00 [0.95, 1.05]", "a look, for comparison"],
     ]
     assert caption(made).endswith("prompting: few shot like a model that never knew; fine-tuning: relearn comes back.")
 
@@ -290,3 +290,23 @@ def test_rows_of_several_runs_stand_by_access_whoever_has_them() -> None:
     assert [trace.name for trace in drawn.data] == ["a", "b"], "one run each, without its controls"
     assert [trace.marker.symbol for trace in drawn.data][0] != [trace.marker.symbol for trace in drawn.data][1]
     assert list(drawn.data[1].x) == pytest.approx([0.02, 0.8, 0.02])
+
+
+# --- controls that were not run --------------------------------------------------------------------------------------
+
+
+def test_without_an_edit_made_to_come_back_a_failure_shows_nothing() -> None:
+    asked = {"settings": {"shallow": False}}
+    gone, back = (attack("latent", *numbers, shallow=None, **asked) for numbers in (GONE, BACK))
+    assert judge.recovery(gone, 0.9) == "unproven"
+    assert judge.recovery(back, 0.9) == "back", "what comes back needs no control"
+    assert judge.recovery(attack("latent", *GONE, settings={"shallow": True}), 0.9) == "like never knew"
+    needless = attack("drop_layer", *GONE, shallow=None, settings={})
+    assert judge.recovery(needless, 0.9) == "like never knew", "leaving something out searches for nothing"
+
+
+def test_the_label_counts_the_attacks_that_show_something() -> None:
+    told, silent = attack("relearn", *GONE), attack("latent", *GONE, shallow=None, settings={"shallow": False})
+    labels = [words.verdict(RunResults(evaluation=evaluated(*both))).label for both in ((told, told), (told, silent))]
+    assert labels[0] == "Not brought back by the attacks tried"
+    assert labels[1] == "Not brought back by the attacks that show anything (1 of 2)"

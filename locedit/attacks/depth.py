@@ -23,7 +23,7 @@ from locedit import losses, tracing
 from locedit.attacks.aim import side_of
 from locedit.attacks.measures import share_measure
 from locedit.attacks.options import ControlOptions
-from locedit.attacks.outcome import POWER, Others, verdict
+from locedit.attacks.outcome import POWER, Others
 from locedit.attacks.runs import role_of
 from locedit.attacks.shallow import suppressed
 from locedit.attacks.shared import Shared
@@ -204,8 +204,9 @@ def _sentence(shares: Mapping[str, Estimate], least: float) -> str:
             "No unlearning depth score can be given: at no layer do the retain model's states cost an answer more than "
             f"{least:g} nats a token, as if it knew them all."
         )
-    text = f"Put layer by layer into the unedited model, the edited model's states say that {verdict(found)}: "
-    text += f"unlearning depth score {1 - found.value:.2f} (0 = the unedited model, 1 = the retain model)"
+    text = f"Put layer by layer into the unedited model, the edited model's states still carry {found.value:.0%} of "
+    text += f"what the retain model's lack (interval {found.low:.0%} to {found.high:.0%}): unlearning depth score "
+    text += f"{1 - found.value:.2f} (0 = the unedited model, 1 = the retain model)"
     return text + "".join(f"; {name}: {1 - share.value:.2f}" for name, share in shares.items() if name != "found") + "."
 
 

@@ -26,6 +26,8 @@ from locedit.models import Model
 from locedit.progress import report
 from locedit.results import Role
 
+KNOWN = 0.7
+"share of what the unedited model says of the forget items from which on it knows the held-out ones too"
 Options = TypeVar("Options", bound=ItemOptions)
 
 
@@ -189,10 +191,17 @@ def strike(attack: ItemAttack[Options], aim: Aim, edit: Edit, others: Mapping[st
     shallow, note = runner.shallow(level=float(after.mean()))
     arms += [shallow] if shallow else []
     arms += [runner.of_edit(role_of(name), name, other) for name, other in others.items()]
+    if (
+        aim.heldout is not None
+        and (guessed := float(aim.read(runner.base, aim.heldout).mean())) > KNOWN * before.mean()
+    ):
+        note = "; ".join(filter(None, [note, f"the unedited model knows the held-out items too ({guessed:.2f})"]))
     floor = 0.0 if attack.reads_itself else attack.options.retain_floor
     above = None if attack.reads_itself else never  # what is guessed of a state does not depend on where it is read
     own = {
-        arm.name: choose(arm, above, kept_after, known=float(before.mean()), floor=floor, fixed=attack.fixed())
+        arm.name: choose(
+            arm, above, kept_after, known=float(before.mean()), floor=floor, fixed=attack.fixed(), control=shallow
+        )
         for arm in arms
         if arm.role != "never knew"
     }
@@ -296,15 +305,22 @@ def _each_at_its_dose(arms: Mapping[int, Arm]) -> Arm:
 
 
 def choose(
-    arm: Arm, never: Arm | None, kept: Float[Tensor, " kept"], *, known: float, floor: float, fixed: int | None = None
+    arm: Arm,
+    never: Arm | None,
+    kept: Float[Tensor, " kept"],
+    *,
+    known: float,
+    floor: float,
+    fixed: int | None = None,
+    control: Arm | None = None,
 ) -> tuple[dict[int, int], bool]:
     """For each split the dose at which most is back on its mirror, above items never known; and whether retain is kept.
 
     What is back is the share that is reported, (back - never known) / (known - never known), with a smaller distance
     than 0.2 taken as 0.2: where anything can be said of anything, little has come back.
     Retain is kept where it is at least `floor` of `kept`. Of equal doses the first counts; where every dose breaks the
-    retain side, the one that breaks it least. Doses at which the arm says nothing are never chosen. `fixed` leaves
-    nothing to choose.
+    retain side, the one that breaks it least. Doses at which the arm says nothing are never chosen, and among equal
+    ones one at which the control says something comes first. `fixed` leaves nothing to choose.
     """
     chosen: dict[int, int] = {}
     within = True
@@ -320,7 +336,9 @@ def choose(
         fits = said if level is None else said & (level >= floor * kept.mean() - 1e-9)
         within &= bool(fits.any())
         ranked, open_to = (back, fits) if level is None or bool(fits.any()) else (level, said)
-        best = int(ranked.masked_fill(~open_to, -torch.inf).round(decimals=6).argmax())
+        judged = torch.tensor([control is None or control.says(dose) for dose in range(len(back))])
+        ranked = ranked.masked_fill(~open_to, -torch.inf).round(decimals=6) + 1e-7 * judged
+        best = int(ranked.argmax())
         chosen[split] = best if fixed is None else arm.judged_at(fixed)
     return chosen, within
 

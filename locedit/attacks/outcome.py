@@ -56,13 +56,15 @@ class Outcome:
 
     def result(self) -> AttackResult:
         notes = [*self.found.notes, *self._doubts()]
+        needless = () if self.attack.no_control else ("shallow", "shallow_steps", "shallow_learning_rate")
+        options = {name: value for name, value in plain(self.options).items() if name not in needless}
         return AttackResult(
             name=self.attack.name,
             sentence=self.sentence(),
             headline=share_measure(self.share(self.main), len(self.main.side), note="; ".join(notes)),
             curves=tuple(self._curves()),
             measures=tuple(self._measures()),
-            settings=plain(self.options)
+            settings=options
             | {"doses": [str(self.found.doses[at]) for at in self.found.chosen[self.main.name].values()]},
             note="; ".join(notes),
         )
@@ -127,7 +129,7 @@ class Outcome:
         text += f"{self.attack.lead}{self._at()} {said}: forget {metric} "
         stages = ("read off likewise before the edit", "said after it") if self.attack.reads_itself else STAGES
         text += f"{_mean(self.back(self.main))} ({_mean(found.before)} {stages[0]}, {_mean(found.after)} {stages[1]}"
-        text += f"; items never known reach {_mean(never)})" if never is not None else ")"
+        text += f"; items never known reach {_mean(never)})" if never is not None else "; counted from 0)"
         if (guess := self.attack.guess(found.aim)) is not None:
             text += f"; the {guess[0]} alone: {_mean(guess[1])}"
         text += "".join(f"; {part}" for part in self._comparisons())

@@ -41,7 +41,7 @@ ATTACK_BROKE = 0.9
 Forgetting = Literal["unchanged", "worse", "partly", "gone", "unknown"]
 Recovery = Literal[
     "unmeasured", "broken", "no control", "back", "partly back", "no power", "below never knew", "too wide",
-    "like never knew", "never gone",
+    "like never knew", "never gone", "unproven",
 ]  # fmt: skip
 
 
@@ -192,6 +192,7 @@ def recovery(result: AttackResult, before: float | None) -> Recovery:
     - "back": above the control's interval, and at least half of the way from the control to `before`
     - "partly back": above the control's interval, but less than half of the way, or `before` is unknown
     - "no power": not above the control, but the shallow control stayed too (below half, or within the control's range)
+    - "unproven": not above the control, and no edit made to come back was attacked, although the attack knows one
     - "below never knew": below the control's interval
     - "too wide": overlaps the control's interval, and does not exclude half of the way either
     - "like never knew": overlaps the control's interval
@@ -212,6 +213,8 @@ def recovery(result: AttackResult, before: float | None) -> Recovery:
         return "back" if half is not None and half > control.value and reached.value >= half else "partly back"
     if _shallow_stays(result):
         return "no power"
+    if result.headline.name == SHARE and "shallow" in result.settings and not _shallow(result):
+        return "unproven"
     if reached.high < control.low:
         return "below never knew"
     return "too wide" if half is not None and reached.high >= half > control.high else "like never knew"
@@ -219,8 +222,13 @@ def recovery(result: AttackResult, before: float | None) -> Recovery:
 
 def _shallow_stays(result: AttackResult) -> bool:
     """Whether the positive control was run and did not come back."""
-    shares = [m for m in result.measures if m.name == SHARE and m.group and "shallow" in m.group]
+    shares = _shallow(result)
     if result.headline.name == SHARE and shares:
         return not shares[0].value >= BACK  # no number shows no power either
     shallow, never = at_end(result, "shallow"), at_end(result, "never knew")
     return shallow is not None and never is not None and shallow.low <= never.high
+
+
+def _shallow(result: AttackResult) -> list[Measure]:
+    """How much of the edit made to come back is back."""
+    return [m for m in result.measures if m.name == SHARE and m.group and "shallow" in m.group]

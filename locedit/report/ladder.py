@@ -16,8 +16,8 @@ from locedit.report.numbers import with_interval
 from locedit.results import AttackResult, Evaluation
 
 MOST_TELLING: tuple[Recovery, ...] = (
-    "back", "partly back", "too wide", "like never knew", "below never knew", "no power", "never gone", "no control",
-    "broken", "unmeasured",
+    "back", "partly back", "too wide", "like never knew", "below never knew", "no power", "unproven", "never gone",
+    "no control", "broken", "unmeasured",
 )  # fmt: skip
 """Which of several attacks stands for a level: one that brings something back, else one that may do so (its interval is
 too wide to tell), else one that shows that nothing comes back, else one that shows nothing."""
@@ -28,6 +28,7 @@ SAID: dict[Recovery, str] = {
     "below never knew": "below a model that never knew",
     "too wide": "undecided: the interval is too wide",
     "no power": "shows nothing: the control made to come back does not",
+    "unproven": "shows nothing: no edit made to come back was attacked",
     "no control": "no never-knew control",
     "broken": "shows nothing: the attack broke the model",
     "never gone": "was not gone by this number",
@@ -120,4 +121,4 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     ]
     levels = {result.name for rung in ladder(evaluation) for result, _ in rung.tried}
     beside = [result for result in evaluation.attacks if result.name not in levels]
-    return made + [("beside", name_of(r), with_interval(r.headline), SAID[outcome(r, evaluation)]) for r in beside]
+    return made + [("beside", name_of(r), with_interval(r.headline), "a look, for comparison") for r in beside]

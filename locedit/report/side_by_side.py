@@ -28,7 +28,7 @@ def side_by_side(runs: Sequence[RunResults]) -> TableView:
 
 def _rungs(runs: Sequence[RunResults]) -> list[list[Cell]]:
     """What each level of access brings back in each run, where more than one attack was run."""
-    ladders = [ladder(run.evaluation) if run.evaluation and len(run.evaluation.attacks) > 1 else () for run in runs]
+    ladders = [ladder(run.evaluation) if run.evaluation and run.evaluation.attacks else () for run in runs]
     by_access = [{rung.access: rung for rung in found} for found in ladders]
     return [[Cell(text=f"access: {access}"), *(_rung(found.get(access)) for found in by_access)] for access in ACCESS]
 

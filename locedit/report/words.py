@@ -60,7 +60,8 @@ def verdict(run: RunResults) -> Verdict:
     - "Partly forgotten": less than 0.9 of the way to the floor
     - "Suppressed, not removed": an attack brings back at least half of it, counted from the never-knew control
     - "Partly removed": an attack brings back less than half, but more than the control
-    - "Not brought back by the attacks tried": every attack that decides anything ends like the control
+    - "Not brought back by the attacks tried": every attack ends like the control; where some show nothing, the label
+      counts those that do
 
     It never says "removed": attacks that were not tried may still bring it back. What only added layers hide is said to
     be suppressed without any attack.
@@ -118,8 +119,11 @@ def _label(state: Forgetting, outcomes: list[Recovery]) -> tuple[str, Tone]:
         return "Suppressed, not removed", "bad"
     if "partly back" in outcomes:
         return "Partly removed", "mixed"
-    if any(o in ("like never knew", "below never knew") for o in outcomes):
+    telling = sum(o in ("like never knew", "below never knew") for o in outcomes)
+    if telling == len(outcomes) and outcomes:
         return "Not brought back by the attacks tried", "good"
+    if telling:
+        return f"Not brought back by the attacks that show anything ({telling} of {len(outcomes)})", "good"
     word = "Changed" if state == "unknown" else "Forgotten on direct questions"
     return (f"{word}; the attacks decide nothing" if outcomes else f"{word}; not attacked"), "mixed"
 
@@ -223,6 +227,7 @@ MEANINGS: dict[Recovery, str] = {
     "too wide": "not distinguishable from a model that never knew at this attack, nor from half of it being back",
     "never gone": "by this number the edit had not taken it away before",
     "unmeasured": "the attack gave no number",
+    "unproven": "no edit made to come back was attacked beside it, so a failure shows nothing",
     "no power": "the attack does not bring back a shallow edit either, so it shows nothing",
 }
 
