@@ -16,6 +16,7 @@ from locedit.attacks import check_attacks
 from locedit.attacks.aim import NOTHING, Aim, ItemOptions, Side, Target, aimed
 from locedit.attacks.item_attack import Arm, Dose, ItemAttack, Struck, Values, choose, strike
 from locedit.attacks.measures import values_of
+from locedit.attacks.outcome import Outcome
 from locedit.attacks.recovery import share_back
 from locedit.attacks.shared import Shared
 from locedit.attacks.splits import Halves
@@ -25,6 +26,7 @@ from locedit.edit.regions import Patch, Region
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
 from locedit.models import Model
+from locedit.results import Role
 from tests import tiny
 from tests.unlearning import dataset
 
@@ -173,6 +175,30 @@ def test_every_arm_chooses_its_own_dose_unless_it_is_fixed() -> None:
     fixed, _ = struck(Planted(values, best=2), {"random 1": other})
     assert fixed.chosen == {name: {0: 2, 1: 2} for name in ("found", "random 1")}
     assert float(fixed.arms[1].back(fixed.chosen["random 1"]).mean()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "never", "share", "doubted"),
+    [(0.9, 0.4, 5 / 6, False), (0.71, 0.4, 0.31 / 0.6, False), (0.6, 0.4, 1 / 3, True), (0.9, 0.97, math.nan, True)],
+)
+def test_each_arm_is_above_what_was_never_known_at_its_own_dose(
+    hidden: float, never: float, share: float, doubted: bool
+) -> None:
+    """And the attack is doubted where the edit made to come back stays below half, or has no share."""
+    attack = Planted(lambda _, __, x: [0.1, 0.3, 0.2][x])
+    plain, aim = struck(attack, {})
+    found = plain.arms[0]
+
+    def planted(role: Role, values: list[float], data: str = "forget") -> Arm:
+        rows = torch.tensor(values).double()[:, None].expand(-1, 4)
+        return dataclasses.replace(found, role=role, name=role, splits=({data: rows},) * 2, data=data)
+
+    arms = (found, planted("never knew", [0.0, 0.1, never], "heldout"), planted("shallow", [0.0, 0.0, hidden]))
+    chosen = {"found": {0: 1, 1: 1}, "shallow": {0: 2, 1: 2}}
+    made = Outcome(attack, dataclasses.replace(plain, arms=arms, chosen=chosen, before=torch.ones(len(aim.forget))))
+    assert made.share(found).value == pytest.approx((0.3 - 0.1) / 0.9)
+    assert made.share(arms[2]).value == pytest.approx(share, nan_ok=True)
+    assert ("did not bring back the edit made to come back" in made.result().note) == doubted
 
 
 def test_sides_with_the_same_names_are_not_mistaken_for_each_other() -> None:
