@@ -14,7 +14,8 @@ import torch
 
 from locedit.attacks import check_attacks
 from locedit.attacks.aim import NOTHING, Aim, ItemOptions, Side, Target, aimed
-from locedit.attacks.item_attack import Arm, Dose, ItemAttack, Struck, Values, choose, strike
+from locedit.attacks.arms import Arm, Dose, Struck, Values, choose
+from locedit.attacks.item_attack import ItemAttack, strike
 from locedit.attacks.measures import values_of
 from locedit.attacks.outcome import Outcome
 from locedit.attacks.recovery import share_back

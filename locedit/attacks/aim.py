@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.measures import metric_of, values_of
 from locedit.attacks.options import ControlOptions, Metric, check_floor
 from locedit.attacks.shared import Shared
-from locedit.attacks.splits import Halves, as_many, divided_by, keys, mirrored_halves
+from locedit.attacks.splits import Halves, as_many, divided_by, keys, learned_and_measured, mirrored_halves
 from locedit.data.encode import Example, encode
 from locedit.data.items import Dataset, Item, Task
 from locedit.errors import LoceditError
@@ -209,7 +208,5 @@ def _retain(model: Model, task: Task, options: ItemOptions, narrow: Narrow | Non
     if len(set(keys(items))) < 2:
         return NOTHING, NOTHING
     side = side_of(model, data, items)
-    halves = mirrored_halves(items, splits=2, seed=options.seed, what="retain")[0]
-    generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(len(halves.measured), generator=generator).tolist()[: options.retain_measured]
-    return side.at(halves.relearned), side.at([halves.measured[at] for at in sorted(order)])
+    learned, measured = learned_and_measured(items, most=options.retain_measured, seed=options.seed, what="retain")
+    return side.at(learned), side.at(measured)

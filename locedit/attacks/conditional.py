@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from locedit.attacks.aim import Aim, ItemOptions
-from locedit.attacks.item_attack import Control
+from locedit.attacks.arms import Control
 from locedit.attacks.shallow import LOWEST, unlikelihood
 from locedit.data.encode import Example
 from locedit.edit import Edit

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 
 from locedit.attacks.aim import Aim, ItemOptions, Side, Target
-from locedit.attacks.item_attack import Dose, ItemAttack, Values
+from locedit.attacks.arms import Dose, Values
+from locedit.attacks.item_attack import ItemAttack
 from locedit.attacks.measures import values_of
 from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.shared import Shared

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from locedit.attacks.aim import Aim, ItemOptions, Side, Target
+from locedit.attacks.arms import Control, Dose, Values
 from locedit.attacks.conditional import conditional
-from locedit.attacks.item_attack import Control, Dose, ItemAttack, Values
+from locedit.attacks.item_attack import ItemAttack
 from locedit.attacks.measures import values_of
 from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.rephrased import MARK, framed

@@ -20,11 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.aim import Aim, ItemOptions, Side, Target
-from locedit.attacks.item_attack import Control, Dose, ItemAttack, Values
+from locedit.attacks.arms import Control, Dose, Values
+from locedit.attacks.item_attack import ItemAttack
 from locedit.attacks.measures import values_of
 from locedit.attacks.options import Metric
 from locedit.attacks.outcome import Others, carried_out
-from locedit.attacks.shallow import suppressed
+from locedit.attacks.shallow import late_suppression
 from locedit.attacks.shared import Shared
 from locedit.data.encode import batches
 from locedit.data.items import Task
@@ -116,10 +117,7 @@ class Latent(ItemAttack[LatentOptions]):
 
     def control(self, aim: Aim, *, level: float) -> Control:
         """An edit of the last MLPs alone, which what an earlier layer says still reaches."""
-        forget, retain = aim.forget.examples, aim.retain.examples
-        edit, words, reached = suppressed(aim.shared, aim.model, forget, retain, level=level, options=self.options)
-        missed = f"the shallow control ({words}) did not reach the forget level of the edit"
-        return Control(edit=edit, words=words, note="" if reached else missed)
+        return late_suppression(aim, self.options, level=level)
 
 
 def helped(model: Model, side: Side, metric: Metric, options: LatentOptions, radius: float) -> Float[Tensor, " item"]:

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.aim import Aim, ItemOptions, Side, Target
-from locedit.attacks.item_attack import Control, Dose, ItemAttack, Values
+from locedit.attacks.arms import Control, Dose, Values
+from locedit.attacks.item_attack import ItemAttack
 from locedit.attacks.outcome import Others, carried_out
-from locedit.attacks.shallow import suppressed
+from locedit.attacks.shallow import late_suppression
 from locedit.attacks.shared import Shared
 from locedit.attacks.states import states_of
 from locedit.data.items import Task
@@ -64,12 +65,7 @@ class LogitLens(ItemAttack[LogitLensOptions]):
 
     def control(self, aim: Aim, *, level: float) -> Control:
         """Suppression in the last MLPs, below which the answer must still stand in the stream."""
-        retain = aim.retain.examples
-        edit, words, reached = suppressed(
-            aim.shared, aim.model, aim.forget.examples, retain, level=level, options=self.options
-        )
-        missed = f"the shallow control ({words}) did not reach the forget level of the edit"
-        return Control(edit=edit, words=words, note="" if reached else missed)
+        return late_suppression(aim, self.options, level=level)
 
     def _read(self, target: Target, side: Side, aim: Aim) -> Float[Tensor, "layer item"]:
         states = states_of(target, side, aim.shared)

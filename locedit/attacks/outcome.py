@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locedit.attacks.aim import Side, aimed
-from locedit.attacks.item_attack import Arm, Dose, ItemAttack, Options, Struck, strike
+from locedit.attacks.arms import Arm, Dose, Struck
+from locedit.attacks.item_attack import ItemAttack, Options, strike
 from locedit.attacks.measures import level_measure, share_measure
 from locedit.attacks.recovery import share_back
 from locedit.attacks.shared import Shared

@@ -15,7 +15,7 @@ from locedit.attacks.options import Metric, RelearnOptions
 from locedit.attacks.recovery import Dose, Run, doses_by_mirror
 from locedit.attacks.shallow import suppressed
 from locedit.attacks.shared import Shared
-from locedit.attacks.splits import Halves, as_many, keys, mirrored_halves
+from locedit.attacks.splits import Halves, as_many, keys, learned_and_measured, mirrored_halves
 from locedit.data.encode import Example, encode
 from locedit.data.items import Item, Task
 from locedit.edit import Edit
@@ -78,12 +78,12 @@ class Relearning:
         if self.task.retain is None:
             return [], []
         items = list(self.task.retain)
-        halves = mirrored_halves(items, splits=2, seed=self.options.seed, what=f"{self.name}: retain")[0]
         examples = encode(self.model, self.task.retain)
-        generator = torch.Generator().manual_seed(self.options.seed)
-        order = torch.randperm(len(halves.measured), generator=generator).tolist()[: self.options.retain_measured]
-        trained = [examples[at] for at in halves.relearned] if self.options.retain_weight > 0 else []
-        return trained, [examples[halves.measured[at]] for at in sorted(order)]
+        learned, measured = learned_and_measured(
+            items, most=self.options.retain_measured, seed=self.options.seed, what=f"{self.name}: retain"
+        )
+        trained = [examples[at] for at in learned] if self.options.retain_weight > 0 else []
+        return trained, [examples[at] for at in measured]
 
     # --- the arms ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from locedit.attacks.aim import Aim
+from locedit.attacks.arms import Control
 from locedit.attacks.options import ControlOptions
 from locedit.attacks.shared import Shared
 from locedit.data.encode import Example
@@ -88,6 +90,14 @@ def suppressed(
             seed=options.seed,
         ),
     )
+
+
+def late_suppression(aim: Aim, options: ControlOptions, *, level: float) -> Control:
+    """`suppressed` as the control of attacks that look below the last MLPs or act before them."""
+    retain = aim.retain.examples
+    edit, words, reached = suppressed(aim.shared, aim.model, aim.forget.examples, retain, level=level, options=options)
+    missed = f"the shallow control ({words}) did not reach the forget level of the edit"
+    return Control(edit=edit, words=words, note="" if reached else missed)
 
 
 def _in_last(model: Model, count: int, objective: Objective, options: TrainOptions) -> Edit:

@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from locedit.attacks.aim import Aim, ItemOptions, Side, Target
+from locedit.attacks.arms import Control, Dose, Values
 from locedit.attacks.conditional import conditional
 from locedit.attacks.finetuning import Diet, fine_tune
 from locedit.attacks.inserted import check_fits, drawn_tokens, inserted, ordinary_tokens
-from locedit.attacks.item_attack import Control, Dose, ItemAttack, Values
+from locedit.attacks.item_attack import ItemAttack
 from locedit.attacks.measures import values_of
 from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.shared import Shared

@@ -98,3 +98,14 @@ def as_many(items: Sequence[Item], *, owners: int, seed: int) -> list[Item]:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()[:owners]
     taken = {names[at] for at in order}
     return [item for item, name in zip(items, named, strict=True) if name in taken]
+
+
+def learned_and_measured(items: Sequence[Item], *, most: int, seed: int, what: str) -> tuple[list[int], list[int]]:
+    """Places of the retain items that an attack may learn from, and of at most so many others to measure.
+
+    No owner is in both.
+    """
+    halves = mirrored_halves(items, splits=2, seed=seed, what=what)[0]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(halves.measured), generator=generator).tolist()[:most]
+    return list(halves.relearned), [halves.measured[at] for at in sorted(order)]

@@ -27,9 +27,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from locedit.attacks.aim import Aim, ItemOptions, Side, Target, aimed
+from locedit.attacks.arms import Control, Dose, Values
 from locedit.attacks.conditional import conditional
 from locedit.attacks.inserted import check_fits, drawn_tokens, ordinary_tokens
-from locedit.attacks.item_attack import Control, Dose, ItemAttack, Values
+from locedit.attacks.item_attack import ItemAttack
 from locedit.attacks.measures import values_of
 from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.shared import Shared

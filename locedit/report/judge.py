@@ -6,6 +6,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Literal
 
+from locedit.attacks.verdicts import BROKEN, HALF
 from locedit.evaluate.alarms import MEMBERSHIP
 from locedit.report.lines import main_column, retain_column
 from locedit.report.numbers import Spread, interval, spread
@@ -29,14 +30,10 @@ NEUTRAL = {
 
 GONE = 0.9
 "at least this share of the way to the floor: gone from direct questions"
-BACK = 0.5
+BACK = HALF
 "at least this share of the way from the never-knew control to the model before the edit: suppressed; less: partly"
 SHARE = "share_back"
 "the headline of attacks that count from the never-knew control: 0 = like never-known items, 1 = all is back"
-ROUNDING = 0.02
-"tolerance, since attacks choose their dose on other items than those they report"
-ATTACK_BROKE = 0.9
-"an attack that leaves less than this share of the retained accuracy it started with has damaged the model"
 
 Forgetting = Literal["unchanged", "worse", "partly", "gone", "unknown"]
 Recovery = Literal[
@@ -200,7 +197,7 @@ def recovery(result: AttackResult, before: float | None) -> Recovery:
     if not isfinite(result.headline.value):
         return "unmeasured"
     retained, control = attack_retain(result), never_knew(result)
-    if retained and retained[1] < (ATTACK_BROKE - ROUNDING) * retained[0]:
+    if retained and retained[1] < BROKEN * retained[0]:
         return "broken"
     if result.headline.name == SHARE and not isfinite(result.headline.low):
         return "too wide"
