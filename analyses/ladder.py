@@ -1,6 +1,6 @@
 """The ladder on lab models: what level of access brings back what each kind of edit took away.
 
-    python -m analyses.ladder [--labs 0,1,2] [--size small] [--edits ...] [--attacks ...] [--out figures/ladder]
+    python -m analyses.ladder [--labs 0,1,2] [--size small] [--edits all] [--attacks ...] [--out figures/ladder]
 
 Each edit is made on each lab and attacked; every attack is kept in the run folder (`--runs`, runs/ladder), so a run
 that was stopped goes on. Printed, for each edit and level of access: the share of the knowledge that is back (0 = like
@@ -48,6 +48,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "rmu": {"retain_weight": 1.0},
     "undial": {"retain_weight": 1.0},
 }
+SHOWN = (
+    "suppression in the last MLPs",
+    "neurons zeroed by hooks",
+    "grad_diff",
+    "npo",
+    "rmu",
+    "retrained without the facts",
+)
+"the edits of the table in figures/"
 ATTACKED = ("jailbreak", "probe", "logit_lens", "latent", "quantization", "relearn_few", "relearn", "depth")
 OPTIONS: dict[str, dict[str, Any]] = {
     "relearn": {"learning_rates": (5e-4,), "steps": 40, "shallow": False},  # the suppressed edit stands in its own row
@@ -61,7 +70,7 @@ def main() -> None:
     for seed in map(int, args.labs.split(",")):
         lab = le.lab("facts", size=args.size, seed=seed, start=True)
         for name, make in edits(lab).items():
-            if args.edits and name not in args.edits.split(","):
+            if args.edits != "all" and name not in args.edits.split(","):
                 continue
             folder = Path(args.runs) / f"{args.size}{seed}" / name.replace(" ", "-").replace(",", "")
             found.setdefault(name, []).append(attacked(lab, folder, make, args.attacks.split(",")))
@@ -78,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labs", default="0,1,2", help="seeds of the labs")
     parser.add_argument("--size", default="small", help="of the labs")
-    parser.add_argument("--edits", default="", help="names of edits, all of them where none is given")
+    parser.add_argument("--edits", default=",".join(SHOWN), help="names of edits, or all")
     parser.add_argument("--attacks", default=",".join(ATTACKED))
     parser.add_argument("--runs", default="runs/ladder", help="where results are kept")
     parser.add_argument("--out", help="stem of the files to write")

@@ -553,7 +553,9 @@ def test_options_of_metrics(folder: Path, tmp_path: Path, capsys: pytest.Capture
     words = ("evaluate", folder / "model", texts, "--metrics", "extraction_likelihood")
     assert "choose a smaller n" in failed(capsys, *words, "--extraction-n", 50, "--out", tmp_path / "a")
     assert run(*words, "--extraction-n", 2, "--batch-size", 3, "--out", tmp_path / "a") == 0
-    assert "extraction_n was 2, is 3" in failed(capsys, *words, "--extraction-n", 3, "--out", tmp_path / "a")
+    assert "extraction_n was 2, is 3" in failed(
+        capsys, *words, "--extraction-n", 3, "--batch-size", 3, "--out", tmp_path / "a"
+    )
 
 
 def test_an_edit_says_a_thing_once_and_rounded_and_its_export_nothing_else(

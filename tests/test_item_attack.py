@@ -5,6 +5,7 @@ And what every such attack has from the frame: no item chooses its own dose, and
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from locedit.edit import Edit
 from locedit.edit.regions import Patch, Region
 from locedit.errors import LoceditError
 from locedit.evaluate import evaluate
+from locedit.lab import Lab
 from locedit.models import Model
 from locedit.results import Role
 from tests import tiny
@@ -297,3 +299,20 @@ def test_without_a_task_only_what_does_not_depend_on_it_is_checked() -> None:
         check_attacks(["probe"], edit=None, options={})
     with pytest.raises(LoceditError, match="options for 'probe', which is not among"):
         check_attacks(["few_shot"], edit=edit, options={"probe": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("relearn_format", {"shown": "riddle"}, "shown='riddle'"),
+        ("probe", {"least": 1000}, "no relation"),
+        ("jailbreak", {"templates": "none.txt"}, "none.txt"),
+        ("depth", {"retain_model": "./nowhere"}, "retain_model='./nowhere': model folder"),
+    ],
+)
+def test_options_that_do_not_fit_the_data_are_said_before_a_model_is_loaded(
+    tiny_lab: Lab, name: str, options: dict[str, Any], message: str
+) -> None:
+    edit = changed(tiny_lab.model, 0.5)
+    with pytest.raises(LoceditError, match=re.escape(message)):
+        check_attacks([name], edit=edit, options={name: options}, task=tiny_lab.task)

@@ -310,3 +310,14 @@ def test_the_label_counts_the_attacks_that_show_something() -> None:
     labels = [words.verdict(RunResults(evaluation=evaluated(*both))).label for both in ((told, told), (told, silent))]
     assert labels[0] == "Not brought back by the attacks tried"
     assert labels[1] == "Not brought back by the attacks that show anything (1 of 2)"
+
+
+def test_where_a_role_stands_is_the_number_of_the_table() -> None:
+    """Two halves of unequal size: the mean over items is not the mean of the halves."""
+    ends = [{"recovered": (0.0, end)} for end in (0.2, 0.8)]
+    halves = [dataclasses.replace(curve("never knew"), columns=columns) for columns in ends]
+    never = dataclasses.replace(level(0.35, "attacked", dataset="heldout"), group="never knew")
+    made = attack("relearn", *GONE, curves=(curve("found"), *halves), measures=(never,))
+    stands = judge.at_end(made, "never knew")
+    assert stands is not None
+    assert (stands.value, stands.low, stands.high) == (0.35, 0.2, 0.8)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from locedit.data.items import Task
 from locedit.results import AttackResult
 
 Access = Literal["prompting", "activations", "weights", "few steps", "fine-tuning"]
@@ -36,5 +37,7 @@ class Attack:
     "what an edit must have for it: a control token, or added layers (see `Edit.conditional`); empty = nothing"
     diagnostic: bool = False
     "whether it takes what an attacker lacks, such as the unedited weights: shown, but no level of access"
+    verify: Callable[[Any, Task], object] | None = None
+    "(options, task): raises LoceditError for data that it cannot use with these options, before a model is loaded"
     reference: str = ""
     "an option without which it cannot run, such as retain_model"

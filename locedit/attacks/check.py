@@ -51,3 +51,5 @@ def _check(name: str, *, edit: Edit, options: Mapping[str, Any], task: Task | No
         raise LoceditError(
             f"{name}: forget items of kind {task.forget.kind!r} cannot be attacked so; use {' or '.join(attack.kinds)}"
         )
+    if attack.verify is not None:
+        attack.verify(filled, task)

@@ -34,7 +34,7 @@ from locedit.data.items import Task
 from locedit.edit import Edit
 from locedit.edit.levels import levels
 from locedit.errors import LoceditError
-from locedit.evaluate.beside import beside
+from locedit.evaluate.beside import beside, require_folder
 from locedit.evaluate.intervals import Estimate, estimate_mean
 from locedit.models import Model
 from locedit.options import fill
@@ -58,6 +58,7 @@ class DepthOptions(ControlOptions):
         super().__post_init__()
         if not self.least > 0:
             raise LoceditError(f"depth: least={self.least!r} must be above 0")
+        require_folder(self.retain_model, option="depth: retain_model")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -41,6 +41,11 @@ class JailbreakOptions(ItemOptions):
     templates: str | None = None
     "a text file with one sentence a line, each with {prompt} once; None = four common ones"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.templates is not None:
+            read_templates(self.templates)  # what is wrong with the file is said before a model is loaded
+
 
 def jailbreak(
     model: Model, task: Task, edit: Edit, *, others: Others = None, shared: Shared | None = None, **options: Any

@@ -10,7 +10,7 @@ from locedit.attacks.jailbreak import JailbreakOptions, jailbreak
 from locedit.attacks.latent import LatentOptions, latent
 from locedit.attacks.logit_lens import LogitLensOptions, logit_lens
 from locedit.attacks.options import RelearnOptions
-from locedit.attacks.probe import ProbeOptions, probe
+from locedit.attacks.probe import ProbeOptions, classes_of, probe
 from locedit.attacks.quantization import QuantizationOptions, quantization
 from locedit.attacks.relearning import relearn
 from locedit.attacks.relearning_otherwise import (
@@ -22,6 +22,8 @@ from locedit.attacks.relearning_otherwise import (
     relearn_few,
     relearn_format,
     relearn_quantized,
+    require_benign,
+    shown_format,
 )
 from locedit.attacks.soft_prompt import SoftPromptOptions, soft_prompt
 from locedit.attacks.suffix import SuffixOptions, suffix
@@ -82,6 +84,7 @@ ATTACKS: dict[str, Attack] = {
         access="activations",
         requires=("forget", "retain"),
         kinds=("fact",),
+        verify=lambda options, task: classes_of(task, least=options.least),
         definition="read the answer off the residual stream with linear probes fitted on retain items, at every layer "
         "and two positions; share_back = (forget items - items never known) / (read likewise before the edit - items "
         "never known)",
@@ -166,6 +169,7 @@ ATTACKS: dict[str, Attack] = {
     "relearn_benign": Attack(
         function=relearn_benign,
         options=RelearnBenignOptions,
+        verify=lambda _, task: require_benign(task),
         access="fine-tuning",
         requires=("forget",),
         definition="fine-tune the edited model on retain items and texts alone, measure the forget set; share_back as "
@@ -175,6 +179,7 @@ ATTACKS: dict[str, Attack] = {
     "relearn_format": Attack(
         function=relearn_format,
         options=RelearnFormatOptions,
+        verify=lambda options, task: shown_format(task.forget, options.shown),
         access="fine-tuning",
         requires=("forget",),
         definition="as relearn, with the items of one format of half of the owners; measured are the other formats of "

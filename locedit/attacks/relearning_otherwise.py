@@ -74,8 +74,7 @@ class Benign(Relearning):
     rest: ClassVar[str] = "the forget set"
 
     def prepared(self, task: Task) -> Task:
-        if task.retain is None and task.texts is None:
-            raise LoceditError("relearn_benign needs retain items or texts: there is nothing else to train on")
+        require_benign(task)
         return task
 
     def started(self, task: Task) -> None:
@@ -136,6 +135,12 @@ class Quantized(Relearning):
         assert isinstance(self.options, RelearnQuantizedOptions)
         with edit.applied(self.model) as edited, quantized(edited, self.options.scheme):
             yield edited
+
+
+def require_benign(task: Task) -> None:
+    """Raise LoceditError where there is nothing but the forget set to train on."""
+    if task.retain is None and task.texts is None:
+        raise LoceditError("relearn_benign needs retain items or texts: there is nothing else to train on")
 
 
 def shown_format(forget: Dataset, asked: str | None) -> str:

@@ -96,16 +96,16 @@ def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dic
     Attacks that the folder has from an earlier command on the same model, data and edit stay in it.
     """
     from locedit.evaluate import evaluate
-    from locedit.evaluate.suite import attack_runner
+    from locedit.evaluate.suite import attack_runner, evaluate_options
 
     digest = plan.edit.digest if plan.edit else None
-    more: dict[str, Any] = {"options": plan.own} if plan.own else {}
+    given: dict[str, Any] = {"metrics": plan.metrics, "seed": plan.seed, **plan.own}
     if (run_folder.folder / "evaluation").exists() and not (run_folder.folder / "measures").exists():
         refuse_overwrite(run_folder.folder / "evaluation", force=run_folder.force)
     measured = run_folder.stage(
         "measures",
-        key(model, task, edit=digest, metrics=plan.metrics, seed=plan.seed, **more),
-        lambda: evaluate(model, task, plan.edit, metrics=plan.metrics, seed=plan.seed, **plan.own),
+        key(model, task, edit=digest, options=plain(evaluate_options(given))),
+        lambda: evaluate(model, task, plan.edit, **given),
         save=lambda made, folder: made.save(folder / "evaluation.json"),
         load=lambda folder: Evaluation.load(folder / "evaluation.json"),
         on_reuse=reused,

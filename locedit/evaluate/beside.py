@@ -1,7 +1,18 @@
 """A second model that measures compare with, such as one trained without the forget data."""
 
 from locedit.errors import LoceditError
+from locedit.loading import locate
 from locedit.models import Model, load
+
+
+def require_folder(source: str | None, *, option: str) -> None:
+    """Raise LoceditError, naming the option, for a path at which no model is; a hub id is not looked up."""
+    if source is None:
+        return
+    try:
+        locate(source)
+    except LoceditError as error:
+        raise LoceditError(f"{option}={source!r}: {error}") from None
 
 
 def beside(model: Model, source: str, *, option: str) -> Model:

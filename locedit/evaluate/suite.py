@@ -7,7 +7,7 @@ from typing import Any
 from locedit.data.items import ROLES, ContrastPair, Dataset, Fact, Item, PrivateText, Task, as_task
 from locedit.edit import Edit
 from locedit.errors import LoceditError, nearest
-from locedit.evaluate.beside import beside
+from locedit.evaluate.beside import beside, require_folder
 from locedit.evaluate.choices import check_choices
 from locedit.evaluate.model_utility import utility_sets
 from locedit.evaluate.registry import METRICS, Family, Metric
@@ -94,6 +94,8 @@ def evaluate_options(given: Mapping[str, Any]) -> EvaluateOptions:
         raise LoceditError(f"evaluate: min_k_share={chosen.min_k_share!r} is not a share above 0 and at most 1")
     Sampling(max_new_tokens=chosen.sample_tokens, top_p=chosen.top_p)
     check_reward(chosen)
+    for name in ("retain_model", "membership_reference"):
+        require_folder(getattr(chosen, name), option=name)
     return chosen
 
 

@@ -1,7 +1,7 @@
 """What the numbers allow one to say: the thresholds behind the words of a report, in one place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import fmean
 from typing import Literal
@@ -137,9 +137,17 @@ def at_dose(curves: Sequence[Curve], role: Role) -> list[Curve]:
 
 
 def at_end(result: AttackResult, role: Role) -> Spread | None:
-    """What the attack reaches for a role, on the scale of its curves' main column, averaged over splits and seeds."""
+    """What the attack reaches for a role, on the scale of its curves' main column, and the range over splits and seeds.
+
+    The value is the attack's own, the mean over items, where it gives one: halves differ in size.
+    """
     reached = [c.columns[main_column(c)][dose_index(c)] for c in at_dose(result.curves, role)]
-    return spread(reached) if reached else None
+    if not reached:
+        return None
+    runs, group = spread(reached), None if role == "found" else role
+    own = [m for m in result.measures if m.stage == "attacked" and m.group == group and m.name != SHARE]
+    value = next((m.value for m in own if m.dataset in ("forget", "heldout")), runs.value)
+    return replace(runs, value=value, low=min(runs.low, value), high=max(runs.high, value))
 
 
 def attack_retain(result: AttackResult) -> tuple[float, float] | None:
