@@ -193,6 +193,11 @@ def _lab(commands: Commands) -> None:  # type: ignore[type-arg]
     parser.add_argument(
         "--start", action="store_true", help="also the model before the data, which some recipes need (start/)"
     )
+    parser.add_argument(
+        "--contexts",
+        action="store_true",
+        help="half of the training texts stand after other texts, so that prompting attacks can show something",
+    )
     _out(parser)
 
 

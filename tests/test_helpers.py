@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from locedit.data.encode import Example, collate, encode
 from locedit.errors import LoceditError
+from locedit.lab import lab
 from locedit.losses import kl
 from locedit.models import Model, load
-from locedit.unlearn import helpers
+from locedit.unlearn import helpers, unlearn
 from locedit.unlearn.helpers import Answers, HelperOptions, answers_of, helper, require_start, start_of, taught
 from tests import edits, tiny
 from tests.starts import start
@@ -276,3 +277,22 @@ def test_a_wrong_start_is_one_line() -> None:
 def test_wrong_settings_are_named(field: str, value: Any) -> None:
     with pytest.raises(LoceditError, match=f"{field}={value!r}"):
         HelperOptions(**{field: value})
+
+
+# --- on a model that knows -------------------------------------------------------------------------------------------
+
+PUBLISHED: dict[str, dict[str, float]] = {"kga": {"retain_weight": 0.3, "stop_portion": 1e-9}}
+"kga keeps less: its published weight of the retain term, and no stop before the steps are done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kept"), [("whp", 0.9), ("loo", 0.9), ("kga", 0.6)])
+def test_methods_with_helper_models_forget_and_keep(name: str, kept: float, tmp_path_factory: Any) -> None:
+    """Held-out people, whom the model never knew, get 0.3 to 0.4."""
+    made = lab("facts", size="tiny", cache=tmp_path_factory.getbasetemp() / "labs-with-start", start=True)
+    options = {"steps": 100, "batch_size": 16, "learning_rate": 1e-3, "retain_weight": 1.0, "eval_every": 10}
+    edit = unlearn(made.model, made.task, name, check=False, **(options | PUBLISHED.get(name, {})))
+    forget, retain = edit.history["forget"], edit.history["retain"]
+    assert min(forget[0], retain[0]) > 0.9
+    assert forget[-1] < 0.4
+    assert retain[-1] > kept

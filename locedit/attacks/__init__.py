@@ -4,8 +4,8 @@ Each is a function (model, task, edit, *, others, shared, **options) -> AttackRe
 """
 
 from locedit.attacks.attack import ACCESS, Access, Attack
-from locedit.attacks.check import check_attacks
+from locedit.attacks.check import check_attacks, check_ready
 from locedit.attacks.registry import ATTACKS
 from locedit.attacks.relearning import relearn
 
-__all__ = ["ACCESS", "ATTACKS", "Access", "Attack", "check_attacks", "relearn"]
+__all__ = ["ACCESS", "ATTACKS", "Access", "Attack", "check_attacks", "check_ready", "relearn"]

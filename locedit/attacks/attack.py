@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from locedit.data.items import Task
+from locedit.edit import Edit
+from locedit.models import Model
 from locedit.results import AttackResult
 
 Access = Literal["prompting", "activations", "weights", "few steps", "fine-tuning"]
@@ -39,5 +41,7 @@ class Attack:
     "whether it takes what an attacker lacks, such as the unedited weights: shown, but no level of access"
     verify: Callable[[Any, Task], object] | None = None
     "(options, task): raises LoceditError for data that it cannot use with these options, before a model is loaded"
+    ready: Callable[[Any, Model, Task, Edit], object] | None = None
+    "(options, model, task, edit): raises LoceditError for what cannot be done with this model, before it is measured"
     reference: str = ""
     "an option without which it cannot run, such as retain_model"

@@ -8,6 +8,7 @@ from locedit.attacks.registry import ATTACKS
 from locedit.data.items import Task
 from locedit.edit import Edit
 from locedit.errors import LoceditError, nearest
+from locedit.models import Model
 from locedit.options import fill
 
 
@@ -34,6 +35,17 @@ def check_attacks(
     for name in names:
         assert edit is not None, "without an edit there is no attack"
         _check(name, edit=edit, options=options.get(name, {}), task=task)
+
+
+def check_ready(
+    names: Sequence[str], *, model: Model, task: Task, edit: Edit | None, options: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise LoceditError for what cannot be done with this model, such as a layer that it does not have."""
+    for name in names:
+        assert edit is not None, "without an edit there is no attack"
+        attack = ATTACKS[name]
+        if attack.ready is not None:
+            attack.ready(fill(attack.options, options.get(name, {}), method=name), model, task, edit)
 
 
 def _check(name: str, *, edit: Edit, options: Mapping[str, Any], task: Task | None) -> None:

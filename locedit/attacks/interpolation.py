@@ -82,8 +82,7 @@ class Interpolation(ItemAttack[InterpolationOptions]):
 
     def prepared(self, model: Model, edit: Edit) -> Edit:
         """The edit as new weights, with the weights on its way back worked out while the model is unedited."""
-        if not _is_change_of_weights(edit):
-            raise LoceditError(f"interpolation needs an edit held as weights or as an adapter; this one is {edit}")
+        require_change_of_weights(edit)
         plain = edit if edit.kind == "weights" else merged(model, edit)
         self.ways[plain.digest] = [scaled(model, plain, 1 - share) for share in self.options.measured]
         return plain
@@ -102,6 +101,12 @@ class Interpolation(ItemAttack[InterpolationOptions]):
                 for name, side in measured.items():
                     rows[name].append(values_of(target.model, side.examples, aim.metric))
         return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def require_change_of_weights(edit: Edit) -> None:
+    """Raise LoceditError for an edit that is held otherwise than as new weights."""
+    if not _is_change_of_weights(edit):
+        raise LoceditError(f"interpolation needs an edit held as weights or as an adapter; this one is {edit}")
 
 
 def _is_change_of_weights(edit: Edit) -> bool:

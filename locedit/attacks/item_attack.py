@@ -60,6 +60,10 @@ class ItemAttack(ABC, Generic[Options]):
         """x without the attack."""
         return 0.0
 
+    def ready(self, aim: Aim) -> None:
+        """Raise LoceditError for what cannot be run on this model and data, before anything runs."""
+        self.doses(aim)
+
     @abstractmethod
     def doses(self, aim: Aim) -> tuple[Dose, ...]:
         """What is tried, mildest first."""

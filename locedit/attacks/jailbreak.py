@@ -15,7 +15,7 @@ from locedit.attacks.measures import values_of
 from locedit.attacks.outcome import Others, carried_out
 from locedit.attacks.rephrased import MARK, framed
 from locedit.attacks.shared import Shared
-from locedit.data.encode import encode
+from locedit.data.encode import Example, encode
 from locedit.data.files import read_text
 from locedit.data.items import Dataset, Fact, Item, PrivateText, Task
 from locedit.edit import Edit
@@ -69,27 +69,34 @@ class Jailbreak(ItemAttack[JailbreakOptions]):
     def narrow(self, model: Model, data: Dataset) -> list[Item]:  # noqa: ARG002
         return [item for item in data if isinstance(item, Fact | PrivateText)]
 
+    def ready(self, aim: Aim) -> None:
+        sides = [side for side in (aim.forget, aim.heldout, aim.kept) if side is not None]
+        for _, template in self._fitting(aim):
+            try:
+                for side in sides:
+                    self._asked(aim.model, side, template)
+            except LoceditError as error:
+                raise LoceditError(f"{self.options.templates or self.name}: {template[:60]!r}: {error}") from None
+
     def doses(self, aim: Aim) -> tuple[Dose, ...]:
         return tuple(Dose(x=number) for number, _ in self._fitting(aim))
 
     def attack(self, target: Target, learned: Side, measured: Mapping[str, Side], aim: Aim) -> Values:  # noqa: ARG002
         found: Values = {}
         for name, side in measured.items():
-            rows = [
-                encode(target.model, [framed(item, template) for item in side.items], chat=side.chat)
-                for _, template in self._fitting(aim)
-            ]
+            rows = [self._asked(target.model, side, template) for _, template in self._fitting(aim)]
             found[name] = torch.stack([values_of(target.model, examples, aim.metric) for examples in rows])
         return found
 
     def control(self, aim: Aim, *, level: float) -> Control:
         """An edit that acts only without such a sentence."""
-        rows = [
-            encode(aim.model, [framed(item, template) for item in aim.forget.items], chat=aim.forget.chat)
-            for _, template in self._fitting(aim)
-        ]
+        rows = [self._asked(aim.model, aim.forget, template) for _, template in self._fitting(aim)]
         opened = {example: [row[at] for row in rows] for at, example in enumerate(aim.forget.examples)}
         return conditional(aim, self.options, opened, level=level, where="a sentence around the question")
+
+    def _asked(self, model: Model, side: Side, template: str) -> list[Example]:
+        """The items inside a sentence."""
+        return encode(model, [framed(item, template) for item in side.items], chat=side.chat)
 
     def _fitting(self, aim: Aim) -> list[tuple[int, str]]:
         """The sentences, numbered from 1; after a private text nothing can stand."""

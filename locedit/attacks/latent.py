@@ -92,7 +92,6 @@ def latent(
 ) -> AttackResult:
     """Perturb the edited model's activations towards the true answer of each item."""
     attack = Latent(fill(LatentOptions, options, method="latent"))
-    attack.options.place(model)  # a layer that does not exist is refused before anything runs
     return carried_out(attack, model, task, edit, others=others, shared=shared)
 
 
@@ -103,6 +102,9 @@ class Latent(ItemAttack[LatentOptions]):
     lead: ClassVar[str] = "With activations perturbed towards the answer"
     x_name: ClassVar[str] = "radius"
     harms: ClassVar[bool] = False
+
+    def ready(self, aim: Aim) -> None:
+        self.options.place(aim.model)
 
     def doses(self, aim: Aim) -> tuple[Dose, ...]:  # noqa: ARG002
         return tuple(Dose(x=radius) for radius in self.options.radii)

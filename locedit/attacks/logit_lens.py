@@ -42,9 +42,6 @@ def logit_lens(
     model: Model, task: Task, edit: Edit, *, others: Others = None, shared: Shared | None = None, **options: object
 ) -> AttackResult:
     """Unembed the edited model's residual stream after every layer."""
-    for name in ("ln_final", "unembed"):
-        if not model.anatomy.has(name):
-            raise LoceditError(f"logit_lens: {model.name} has no module {name!r} to read the stream with")
     attack = LogitLens(fill(LogitLensOptions, options, method="logit_lens"))
     return carried_out(attack, model, task, edit, others=others, shared=shared)
 
@@ -56,6 +53,11 @@ class LogitLens(ItemAttack[LogitLensOptions]):
     lead: ClassVar[str] = "Read off the residual stream by the logit lens"
     x_name: ClassVar[str] = "layer"
     reads_itself: ClassVar[bool] = True
+
+    def ready(self, aim: Aim) -> None:
+        for name in ("ln_final", "unembed"):
+            if not aim.model.anatomy.has(name):
+                raise LoceditError(f"logit_lens: {aim.model.name} has no module {name!r} to read the stream with")
 
     def doses(self, aim: Aim) -> tuple[Dose, ...]:
         return tuple(Dose(x=layer) for layer in range(1, aim.model.n_layers + 1))

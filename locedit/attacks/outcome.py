@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locedit.attacks.aim import Side, aimed
+from locedit.attacks.aim import Aim, Side, aimed
 from locedit.attacks.arms import Arm, Dose, Struck
 from locedit.attacks.item_attack import ItemAttack, Options, strike
 from locedit.attacks.measures import level_measure, share_measure
@@ -42,10 +42,16 @@ def carried_out(
     """Run an attack and say what it found."""
     options = attack.options
     with measure(attack.name, model=model, data=task, settings=options, seed=options.seed) as record:
-        memo = shared or Shared()
-        aim = aimed(model, task, options, by=attack.name, learns=attack.learns, shared=memo, narrow=attack.narrow)
+        aim = readied(attack, model, task, shared=shared or Shared())
         result = Outcome(attack, strike(attack, aim, edit, others or {})).result()
     return dataclasses.replace(result, provenance=record.provenance)
+
+
+def readied(attack: ItemAttack[Options], model: Model, task: Task, *, shared: Shared) -> Aim:
+    """What the attack is aimed at. Raises LoceditError where it cannot be run on it."""
+    aim = aimed(model, task, attack.options, by=attack.name, learns=attack.learns, shared=shared, narrow=attack.narrow)
+    attack.ready(aim)
+    return aim
 
 
 class Outcome:

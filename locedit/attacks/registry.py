@@ -1,19 +1,28 @@
 """Every attack by name, the least access first."""
 
+from collections.abc import Callable
+from typing import Any
+
 from locedit.attacks.attack import Attack
 from locedit.attacks.depth import DepthOptions, depth
 from locedit.attacks.dropped import DropOptions
 from locedit.attacks.dropping import drop_layer, drop_token
-from locedit.attacks.few_shot import FewShotOptions, few_shot
-from locedit.attacks.interpolation import InterpolationOptions, interpolation
-from locedit.attacks.jailbreak import JailbreakOptions, jailbreak
-from locedit.attacks.latent import LatentOptions, latent
-from locedit.attacks.logit_lens import LogitLensOptions, logit_lens
+from locedit.attacks.few_shot import FewShot, FewShotOptions, few_shot
+from locedit.attacks.interpolation import InterpolationOptions, interpolation, require_change_of_weights
+from locedit.attacks.item_attack import ItemAttack
+from locedit.attacks.jailbreak import Jailbreak, JailbreakOptions, jailbreak
+from locedit.attacks.latent import Latent, LatentOptions, latent
+from locedit.attacks.logit_lens import LogitLens, LogitLensOptions, logit_lens
 from locedit.attacks.options import RelearnOptions
-from locedit.attacks.probe import ProbeOptions, classes_of, probe
-from locedit.attacks.quantization import QuantizationOptions, quantization
-from locedit.attacks.relearning import relearn
+from locedit.attacks.outcome import readied
+from locedit.attacks.probe import Probe, ProbeOptions, classes_of, probe
+from locedit.attacks.quantization import Quantization, QuantizationOptions, quantization
+from locedit.attacks.relearning import Relearning, relearn
 from locedit.attacks.relearning_otherwise import (
+    Benign,
+    Few,
+    OtherFormat,
+    Quantized,
     RelearnBenignOptions,
     RelearnFewOptions,
     RelearnFormatOptions,
@@ -25,8 +34,23 @@ from locedit.attacks.relearning_otherwise import (
     require_benign,
     shown_format,
 )
-from locedit.attacks.soft_prompt import SoftPromptOptions, soft_prompt
-from locedit.attacks.suffix import SuffixOptions, suffix
+from locedit.attacks.shared import Shared
+from locedit.attacks.soft_prompt import SoftPrompt, SoftPromptOptions, soft_prompt
+from locedit.attacks.suffix import Suffix, SuffixOptions, suffix
+from locedit.data.items import Task
+from locedit.edit import Edit
+from locedit.models import Model
+
+
+def _by_item(make: Callable[[Any, Model, Task], ItemAttack[Any]]) -> Callable[[Any, Model, Task, Edit], object]:
+    """What says whether an attack that is read item by item can be run."""
+    return lambda options, model, task, _: readied(make(options, model, task), model, task, shared=Shared())
+
+
+def _by_relearning(kind: type[Relearning]) -> Callable[[Any, Model, Task, Edit], object]:
+    """What says whether a kind of relearning can be run."""
+    return lambda options, model, task, edit: kind(model, task, edit, {}, options, shared=Shared())
+
 
 SHARE = "share_back = (forget items under attack - items never known) / (before the edit - items never known)"
 
@@ -34,6 +58,7 @@ ATTACKS: dict[str, Attack] = {
     "few_shot": Attack(
         function=few_shot,
         options=FewShotOptions,
+        ready=_by_item(lambda options, *_: FewShot(options)),
         access="prompting",
         requires=("forget",),
         kinds=("fact", "private"),
@@ -43,6 +68,7 @@ ATTACKS: dict[str, Attack] = {
     "jailbreak": Attack(
         function=jailbreak,
         options=JailbreakOptions,
+        ready=_by_item(lambda options, *_: Jailbreak(options)),
         access="prompting",
         requires=("forget",),
         kinds=("fact", "private"),
@@ -52,6 +78,7 @@ ATTACKS: dict[str, Attack] = {
     "suffix": Attack(
         function=suffix,
         options=SuffixOptions,
+        ready=_by_item(lambda options, *_: Suffix(options)),
         access="prompting",
         requires=("forget",),
         definition="search by gradients for tokens between prompt and answer that are the same for all items, on other "
@@ -62,6 +89,7 @@ ATTACKS: dict[str, Attack] = {
     "soft_prompt": Attack(
         function=soft_prompt,
         options=SoftPromptOptions,
+        ready=_by_item(lambda options, *_: SoftPrompt(options)),
         access="activations",
         requires=("forget",),
         definition=f"learn embeddings that stand before every text, on the other half and retain items; {SHARE}",
@@ -71,6 +99,7 @@ ATTACKS: dict[str, Attack] = {
     "latent": Attack(
         function=latent,
         options=LatentOptions,
+        ready=_by_item(lambda options, *_: Latent(options)),
         access="activations",
         requires=("forget",),
         definition="perturb the residual stream at an early layer towards the true answer of each item, items never "
@@ -81,6 +110,7 @@ ATTACKS: dict[str, Attack] = {
     "probe": Attack(
         function=probe,
         options=ProbeOptions,
+        ready=_by_item(lambda options, _, task: Probe(options, task)),
         access="activations",
         requires=("forget", "retain"),
         kinds=("fact",),
@@ -93,6 +123,7 @@ ATTACKS: dict[str, Attack] = {
     "logit_lens": Attack(
         function=logit_lens,
         options=LogitLensOptions,
+        ready=_by_item(lambda options, *_: LogitLens(options)),
         access="activations",
         requires=("forget",),
         definition="send the residual stream of every layer through the final norm and the unembedding; share_back as "
@@ -113,6 +144,7 @@ ATTACKS: dict[str, Attack] = {
     "interpolation": Attack(
         function=interpolation,
         options=InterpolationOptions,
+        ready=lambda *given: require_change_of_weights(given[-1]),
         access="weights",
         requires=("forget",),
         definition=f"go half of the way back to the unedited weights (a look at the edit: who has those needs no "
@@ -143,6 +175,7 @@ ATTACKS: dict[str, Attack] = {
     "quantization": Attack(
         function=quantization,
         options=QuantizationOptions,
+        ready=_by_item(lambda options, model, _: Quantization(options, device=model.device)),
         access="weights",
         requires=("forget",),
         definition="round the edited weights of the blocks to int8 (one scale an output row) and to NF4 (one scale for "
@@ -152,6 +185,7 @@ ATTACKS: dict[str, Attack] = {
     "relearn_few": Attack(
         function=relearn_few,
         options=RelearnFewOptions,
+        ready=_by_relearning(Few),
         access="few steps",
         requires=("forget",),
         definition="as relearn, with at most 4 items and 10 steps",
@@ -160,6 +194,7 @@ ATTACKS: dict[str, Attack] = {
     "relearn": Attack(
         function=relearn,
         options=RelearnOptions,
+        ready=_by_relearning(Relearning),
         access="fine-tuning",
         requires=("forget",),
         definition="fine-tune the edited model on half of the forget set, divided by owner, measure the other half; "
@@ -170,6 +205,7 @@ ATTACKS: dict[str, Attack] = {
         function=relearn_benign,
         options=RelearnBenignOptions,
         verify=lambda _, task: require_benign(task),
+        ready=_by_relearning(Benign),
         access="fine-tuning",
         requires=("forget",),
         definition="fine-tune the edited model on retain items and texts alone, measure the forget set; share_back as "
@@ -180,6 +216,7 @@ ATTACKS: dict[str, Attack] = {
         function=relearn_format,
         options=RelearnFormatOptions,
         verify=lambda options, task: shown_format(task.forget, options.shown),
+        ready=_by_relearning(OtherFormat),
         access="fine-tuning",
         requires=("forget",),
         definition="as relearn, with the items of one format of half of the owners; measured are the other formats of "
@@ -189,6 +226,7 @@ ATTACKS: dict[str, Attack] = {
     "relearn_quantized": Attack(
         function=relearn_quantized,
         options=RelearnQuantizedOptions,
+        ready=_by_relearning(Quantized),
         access="fine-tuning",
         requires=("forget",),
         definition="quantize the edited weights, then as relearn",

@@ -84,8 +84,6 @@ def soft_prompt(
     model: Model, task: Task, edit: Edit, *, others: Others = None, shared: Shared | None = None, **options: Any
 ) -> AttackResult:
     """Learn embeddings that stand before every text, from half of the forget items."""
-    if not model.causal:
-        raise LoceditError(f"soft_prompt: {model.name} is a masked language model; a soft prompt needs a causal one")
     attack = SoftPrompt(fill(SoftPromptOptions, options, method="soft_prompt"))
     return carried_out(attack, model, task, edit, others=others, shared=shared)
 
@@ -98,12 +96,17 @@ class SoftPrompt(ItemAttack[SoftPromptOptions]):
     x_name: ClassVar[str] = "steps"
     learns: ClassVar[bool] = True
 
+    def ready(self, aim: Aim) -> None:
+        if not aim.model.causal:
+            name = aim.model.name
+            raise LoceditError(f"soft_prompt: {name} is a masked language model; a soft prompt needs a causal one")
+        sides = [side.examples for side in (aim.forget, aim.heldout, aim.known, aim.kept) if side is not None]
+        check_fits(aim.model, sides, self.options.length, by=self.name, option="length")
+
     def doses(self, aim: Aim) -> tuple[Dose, ...]:  # noqa: ARG002
         return tuple(Dose(x=step) for step in self.options.looks)
 
     def attack(self, target: Target, learned: Side, measured: Mapping[str, Side], aim: Aim) -> Values:
-        sides = [learned.examples, aim.known.examples, *(side.examples for side in measured.values())]
-        check_fits(target.model, sides, self.options.length, by=self.name, option="length")
         found: dict[str, list[Tensor]] = {name: [] for name in measured}
         for rows in self.learned(target.model, learned, aim):
             with prefixed(target.model, rows):

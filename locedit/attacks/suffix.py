@@ -121,12 +121,14 @@ class Suffix(ItemAttack[SuffixOptions]):
     def doses(self, aim: Aim) -> tuple[Dose, ...]:  # noqa: ARG002
         return tuple(Dose(x=step) for step in self.options.looks)
 
+    def ready(self, aim: Aim) -> None:
+        sides = [side.examples for side in (aim.forget, aim.heldout, aim.kept) if side is not None]
+        check_fits(aim.model, sides, self.options.length, by=self.name, option="length")
+
     def prepare(self, aim: Aim) -> None:
-        """Check the lengths; search in the unedited model where that is asked for, before anything is edited."""
+        """Search in the unedited model where that is asked for, before anything is edited."""
         sides = [(aim.forget, aim.forget_halves)]
         sides += [(aim.heldout, aim.heldout_halves)] if aim.heldout is not None else []
-        examples = [side.examples for side in (*(side for side, _ in sides), aim.kept)]
-        check_fits(aim.model, examples, self.options.length, by=self.name, option="length")
         if self.options.found_on == "unedited":
             for side, halves in sides:
                 for half in halves:

@@ -95,6 +95,7 @@ def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dic
 
     Attacks that the folder has from an earlier command on the same model, data and edit stay in it.
     """
+    from locedit.attacks import check_ready
     from locedit.evaluate import evaluate
     from locedit.evaluate.suite import attack_runner, evaluate_options
 
@@ -102,6 +103,7 @@ def evaluated(run_folder: Run, model: Model, task: Task, plan: Plan, others: dic
     given: dict[str, Any] = {"metrics": plan.metrics, "seed": plan.seed, **plan.own}
     if (run_folder.folder / "evaluation").exists() and not (run_folder.folder / "measures").exists():
         refuse_overwrite(run_folder.folder / "evaluation", force=run_folder.force)
+    check_ready(list(plan.attacks), model=model, task=task, edit=plan.edit, options=plan.attacks)
     measured = run_folder.stage(
         "measures",
         key(model, task, edit=digest, options=plain(evaluate_options(given))),

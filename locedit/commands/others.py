@@ -18,11 +18,11 @@ def lab_command(args: argparse.Namespace) -> None:
     from locedit.lab.recipe import recipe_for
     from locedit.lab.separate import SEPARATE, check_separate
 
-    options: dict[str, Any] = {"arch": args.arch, "size": args.size, "seed": args.seed}
+    options: dict[str, Any] = {"arch": args.arch, "size": args.size, "seed": args.seed, "contexts": args.contexts}
     check_world(args.world)
     require_folder(args.out)
     if args.world in SEPARATE:
-        check_separate(args.world, arch=args.arch, size=args.size)
+        check_separate(args.world, arch=args.arch, size=args.size, contexts=args.contexts)
         write_lab(args.out, world=args.world, force=args.force, **options)
         return note(f"{args.out}: model/, start/ (the model before the data) and the task {args.world}/")
     key, there = recipe_for(**options).key, Path(args.out) / "lab.json"

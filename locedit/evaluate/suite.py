@@ -39,12 +39,13 @@ def evaluate(
     same size, named "random 1" and so on) that are attacked in the same way. `options` are those of EvaluateOptions. A
     metric whose data the task lacks is left out, unless it was asked for by name.
     """
-    from locedit.attacks import check_attacks
+    from locedit.attacks import check_attacks, check_ready
 
     task = as_task(task)
     chosen = evaluate_options(options)
     plan = plan_of(task, chosen, edited=edit is not None, causal=model.causal)
     check_attacks(attacks, edit=edit, options=attack_options or {}, task=task)
+    check_ready(attacks, model=model, task=task, edit=edit, options=attack_options or {})
     with measure("evaluate", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
         found = list(_measured(model, task, edit, plan, chosen))
     attack = attack_runner(model, task, edit, others=others or {})

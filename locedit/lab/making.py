@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from locedit.errors import LoceditError, nearest
 from locedit.lab.architectures import POSITIONS, build
+from locedit.lab.contexts import in_contexts
 from locedit.lab.facts import Row
 from locedit.lab.lookup import lookup
 from locedit.lab.measure import world_report
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 SHARES = {"sentence": (0.65, 0.3), "multiple_choice": (0.15, 0.65), "prose": (0.2, 0.15), "pronoun": (0.25, 0.3)}
 """Kind of text -> its share of the batches in the first and the second half: the choice is learned after the facts."""
+BEFORE = ("sentence", "prose")
+"""Kinds of text that stand before others."""
 CUT_SHORT = ("sentence", "multiple_choice", "pronoun")
 """Kinds of text of which a masked model learns both the whole and the part up to what is to be learned."""
 
@@ -77,6 +81,7 @@ def lab(
     seed: int = 0,
     cache: str | Path | None = None,
     start: bool = False,
+    contexts: bool = False,
     progress: Progress | None = None,
 ) -> Lab:
     """A small world and a model trained on it, made at the first call (minutes; size="tiny": seconds) and then cached.
@@ -88,17 +93,19 @@ def lab(
         cache: the folder to keep labs in; by default the user's cache folder for locedit.
         start: also train the model before the data, which knows how people and records are spoken of and nobody of
             this world; it becomes the `start` of the tasks facts and private. The worlds of SEPARATE always have it.
+        contexts: half of the training texts stand after one or two other texts. Without it the model reads single
+            sentences only, and any sentence before a question breaks it: then no prompting attack shows anything.
         progress: called with ("training the lab model", steps done, all steps).
     """
     check_world(world)
     place = Path(cache) if cache is not None else cache_folder()
     if world in SEPARATE:
-        check_separate(world, arch=arch, size=size)
+        check_separate(world, arch=arch, size=size, contexts=contexts)
         folder = place / separate_folder(world, arch=arch, seed=seed)
         if not (folder / "lab.json").is_file():
             make_separate(world, folder, arch=arch, seed=seed, progress=progress or count)
         return Lab(name=world, folder=folder)
-    recipe = recipe_for(arch, size=size, seed=seed)
+    recipe = recipe_for(arch, size=size, seed=seed, contexts=contexts)
     folder = place / recipe.folder_name
     if not (folder / "lab.json").is_file():
         _make(recipe, folder, progress or count)
@@ -159,12 +166,14 @@ def _trained(
     model = build(
         recipe.arch, tokenizer, layers=recipe.layers, d_model=recipe.d_model, heads=recipe.heads, seed=recipe.seed
     )
+    if recipe.contexts:
+        rng, before = Random(f"contexts {recipe.seed}"), [row.text for name in BEFORE for row in texts[name]]
+        texts = {name: in_contexts(rows, before, rng=rng) for name, rows in texts.items()}
     if mask_id(tokenizer) is not None:
         texts = texts | {name: [*texts[name], *cut_short(texts[name])] for name in CUT_SHORT if name in texts}
-    kinds = {
-        name: Kind(rows=encode_rows(tokenizer, rows), early=SHARES[name][0], late=SHARES[name][1])
-        for name, rows in texts.items()
-    }
+    encoded = {name: encode_rows(tokenizer, rows) for name, rows in texts.items()}
+    fitting = {name: tuple(row for row in rows if len(row.ids) <= POSITIONS) for name, rows in encoded.items()}
+    kinds = {name: Kind(rows=rows, early=SHARES[name][0], late=SHARES[name][1]) for name, rows in fitting.items()}
     schedule = Schedule(steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, seed=recipe.seed)
     train(model, kinds, schedule=schedule, mask_with=mask_id(tokenizer), progress=progress)
     return model

@@ -68,31 +68,38 @@ class Recipe:
     """Texts in a step."""
     rate: float = 3e-3
     """Highest learning rate."""
+    contexts: bool = False
+    """Whether half of the texts stand after other texts (see `lab.contexts`)."""
 
     @property
     def key(self) -> str:
         """Hash of every number above and of the code's version, in 16 hexadecimal digits."""
-        content = json.dumps([VERSION, dataclasses.asdict(self)], sort_keys=True)
+        numbers = dataclasses.asdict(self)
+        if not self.contexts:
+            del numbers["contexts"]  # labs from before there were contexts keep their key
+        content = json.dumps([VERSION, numbers], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def folder_name(self) -> str:
         """Name of the folder in the cache."""
-        return f"lab-{self.arch}-{self.size}-{self.seed}-{self.key}"
+        contexts = "-contexts" if self.contexts else ""
+        return f"lab-{self.arch}-{self.size}{contexts}-{self.seed}-{self.key}"
 
 
-def recipe_for(arch: str, *, size: str = "small", seed: int = 0) -> Recipe:
-    """The recipe of one of the sizes for one of the architectures."""
+def recipe_for(arch: str, *, size: str = "small", seed: int = 0, contexts: bool = False) -> Recipe:
+    """The recipe of one of the sizes for one of the architectures, without contexts or with them."""
     if arch not in ARCHITECTURES:
         raise LoceditError(f"arch: unknown architecture {arch!r}; {nearest(arch, ARCHITECTURES)}")
     if size not in ("small", "tiny"):
         raise LoceditError(f"size: unknown size {size!r}; {nearest(size, ('small', 'tiny'))}")
     if size == "small":
-        return Recipe(arch=arch, seed=seed, steps=MASKED_STEPS if arch == "bert" else Recipe.steps)
+        return Recipe(arch=arch, seed=seed, contexts=contexts, steps=MASKED_STEPS if arch == "bert" else Recipe.steps)
     return Recipe(
         arch=arch,
         size=size,
         seed=seed,
+        contexts=contexts,
         parts=6,
         forget=4,
         retain=8,

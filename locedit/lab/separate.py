@@ -23,12 +23,14 @@ SEPARATE: dict[str, Make] = {"groups": groups.make, "habit": habit.make}
 """World -> what makes it; each has one size: two layers of width 64."""
 
 
-def check_separate(world: str, *, arch: str, size: str) -> None:
-    """Raise LoceditError for an architecture or a size that these worlds do not come in."""
+def check_separate(world: str, *, arch: str, size: str, contexts: bool) -> None:
+    """Raise LoceditError for an architecture, a size or a training text that these worlds do not come with."""
     if arch not in ARCHITECTURES or arch == "bert":
         raise LoceditError(f"arch: the world {world!r} has a causal model, not {arch!r}; {nearest(arch, CAUSAL)}")
     if size != "small":
         raise LoceditError(f"size={size!r}: the world {world!r} has one size; leave it out")
+    if contexts:
+        raise LoceditError(f"contexts: the world {world!r} is read in single texts; leave it out")
 
 
 CAUSAL = tuple(name for name in ARCHITECTURES if name != "bert")

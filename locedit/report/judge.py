@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Literal
 
 from locedit.attacks.verdicts import BROKEN, HALF
 from locedit.evaluate.alarms import MEMBERSHIP
+from locedit.evaluate.intervals import LEVEL
 from locedit.report.lines import main_column, retain_column
 from locedit.report.numbers import Spread, interval, spread
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure, Role
@@ -38,8 +39,10 @@ SHARE = "share_back"
 Forgetting = Literal["unchanged", "worse", "partly", "gone", "unknown"]
 Recovery = Literal[
     "unmeasured", "broken", "no control", "back", "partly back", "no power", "below never knew", "too wide",
-    "like never knew", "never gone", "unproven",
+    "like never knew", "never gone", "unproven", "chance",
 ]  # fmt: skip
+DECIDES: tuple[Recovery, ...] = ("back", "partly back", "too wide", "like never knew", "below never knew")
+"outcomes of attacks that could have brought something back: so many chances there were of seeing too much"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,20 @@ def recovery(result: AttackResult, before: float | None) -> Recovery:
     if reached.high < control.low:
         return "below never knew"
     return "too wide" if half is not None and reached.high >= half > control.high else "like never knew"
+
+
+def by_chance(result: AttackResult, before: float | None, *, attacks: int) -> bool:
+    """Whether what an attack brings back is not above its control any more when so many attacks are counted.
+
+    The largest of several numbers lies outside a 95 % interval more often than one of them alone. Each interval is made
+    so wide that all together hold with 95 % (Bonferroni), taking the ends as those of a normal distribution.
+    """
+    tail = (1 - LEVEL) / 2
+    factor = NormalDist().inv_cdf(1 - tail / attacks) / NormalDist().inv_cdf(1 - tail)
+    alone = interval(result.headline)
+    low, high = (alone.value + factor * (end - alone.value) for end in (alone.low, alone.high))
+    wider = replace(result, headline=replace(result.headline, low=low, high=high))
+    return recovery(wider, before) not in ("back", "partly back")
 
 
 def _shallow_stays(result: AttackResult) -> bool:

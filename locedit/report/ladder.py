@@ -16,16 +16,18 @@ from locedit.report.numbers import with_interval
 from locedit.results import AttackResult, Evaluation
 
 MOST_TELLING: tuple[Recovery, ...] = (
-    "back", "partly back", "too wide", "like never knew", "below never knew", "no power", "unproven", "never gone",
-    "no control", "broken", "unmeasured",
+    "back", "partly back", "chance", "too wide", "like never knew", "below never knew", "no power", "unproven",
+    "never gone", "no control", "broken", "unmeasured",
 )  # fmt: skip
-"""Which of several attacks stands for a level: one that brings something back, else one that may do so (its interval is
-too wide to tell), else one that shows that nothing comes back, else one that shows nothing."""
+"""Which of several attacks stands for a level: one that brings something back, else one that may do so (it may be by
+chance, or its interval is too wide to tell), else one that shows that nothing comes back, else one that shows nothing.
+"""
 SAID: dict[Recovery, str] = {
     "back": "comes back",
     "partly back": "comes back in part",
     "like never knew": "like a model that never knew",
     "below never knew": "below a model that never knew",
+    "chance": "undecided: so much one of several attacks shows by chance",
     "too wide": "undecided: the interval is too wide",
     "no power": "shows nothing: the control made to come back does not",
     "unproven": "shows nothing: no edit made to come back was attacked",
@@ -54,22 +56,44 @@ class Rung:
 
 
 def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
-    """What an attack shows, beside the same metric of the forget set before the edit."""
+    """What an attack shows, beside the same metric of the forget set before the edit.
+
+    "chance" where it brings something back by itself, but no more than the largest of all the attacks of this
+    evaluation that could have done so may show by chance.
+    """
+    shown = _alone(result, evaluation)
+    if shown not in ("back", "partly back") or not _is_rung(result):
+        return shown
+    among = sum(_is_rung(other) and _alone(other, evaluation) in judge.DECIDES for other in evaluation.attacks)
+    return "chance" if judge.by_chance(result, _before(result, evaluation), attacks=max(among, 1)) else shown
+
+
+def _alone(result: AttackResult, evaluation: Evaluation) -> Recovery:
+    """What an attack shows if it were the only one."""
+    shown = judge.recovery(result, _before(result, evaluation))
     pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
-    shown = judge.recovery(result, pair.before.value if pair else None)
     pair = pair or judge.primary(evaluation, "forget")
     never_gone = pair is not None and judge.forgetting(pair, judge.floor(evaluation, pair)) in ("unchanged", "worse")
     return "never gone" if never_gone and shown in ("back", "partly back") else shown
+
+
+def _before(result: AttackResult, evaluation: Evaluation) -> float | None:
+    """The forget set's value before the edit, of the metric that the attack is summed up by."""
+    pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
+    return pair.before.value if pair else None
+
+
+def _is_rung(result: AttackResult) -> bool:
+    """Whether an attack belongs to a level of access: no diagnostic, and known."""
+    return result.name in ATTACKS and not ATTACKS[result.name].diagnostic
 
 
 def ladder(evaluation: Evaluation) -> tuple[Rung, ...]:
     """Every level of access, the least first, with its attacks; without diagnostics."""
     found: dict[Access, list[tuple[AttackResult, Recovery]]] = {access: [] for access in ACCESS}
     for result in evaluation.attacks:
-        attack = ATTACKS.get(result.name)
-        if attack is not None and not attack.diagnostic:
-            shown: Recovery = outcome(result, evaluation)
-            found[attack.access].append((result, shown))
+        if _is_rung(result):
+            found[ATTACKS[result.name].access].append((result, outcome(result, evaluation)))
     return tuple(Rung(access=access, tried=tuple(sorted(tried, key=_telling))) for access, tried in found.items())
 
 
@@ -99,13 +123,21 @@ def sentence(rungs: Sequence[Rung]) -> str:
 
 
 def _says(rung: Rung) -> str:
-    assert rung.best is not None
-    names = ", ".join(name_of(result) for result, _ in rung.tried)
-    numbers = [result.headline for result, _ in rung.tried if result.headline.value == result.headline.value]
-    if not numbers:
-        return f"{SAID[rung.best[1]]} ({names})"
-    most = " at most" if len(rung.tried) > 1 else ""
-    return f"{SAID[rung.best[1]]} ({names}{most} {with_interval(max(numbers, key=lambda m: m.value))})"
+    """What the attacks of a level show, those that show the same together."""
+    found: dict[Recovery, list[AttackResult]] = {}
+    for result, shown in rung.tried:
+        found.setdefault(shown, []).append(result)
+    return ", ".join(f"{SAID[shown]} ({_numbers(results)})" for shown, results in found.items())
+
+
+def _numbers(results: Sequence[AttackResult]) -> str:
+    """Names, and the largest number where there is one."""
+    names = ", ".join(name_of(result) for result in results)
+    values = [result.headline for result in results if result.headline.value == result.headline.value]
+    if not values:
+        return names
+    most = " at most" if len(results) > 1 else ""
+    return f"{names}{most} {with_interval(max(values, key=lambda m: m.value))}"
 
 
 def name_of(result: AttackResult) -> str:

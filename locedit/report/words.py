@@ -224,6 +224,7 @@ MEANINGS: dict[Recovery, str] = {
     "below never knew": "below a model that never knew at this attack",
     "no control": "without a never-knew control this may be remembering or learning anew",
     "broken": "the attack itself damaged the model, so it says little about what is left",
+    "chance": "more than a model that never knew by itself, but one of several attacks may show so much by chance",
     "too wide": "not distinguishable from a model that never knew at this attack, nor from half of it being back",
     "never gone": "by this number the edit had not taken it away before",
     "unmeasured": "the attack gave no number",
