@@ -204,6 +204,14 @@ def test_int8_brings_back_its_control_where_weights_have_outliers(tiny_lab: Lab)
 
 
 @pytest.mark.slow
+def test_what_is_held_beside_the_weights_is_said_to_stay_as_it_is(tiny_lab: Lab, found: AttackResult) -> None:
+    edit = unlearn(tiny_lab.model, tiny_lab.task, "npo", steps=1, hold="adapter", check=False)
+    options = {"controls": False, "draws": 20, "schemes": ("nf4",)}
+    made = quantization(tiny_lab.model, tiny_lab.task, edit, **options)
+    assert "what the edit holds beside the weights (adapter) stays in full precision" in made.note
+    assert "full precision" not in found.note
+
+
 def test_both_backends_give_the_same_result(tiny_lab: Lab, edit: Edit, found: AttackResult) -> None:
     pytest.importorskip("bitsandbytes")
     again = quantization(tiny_lab.model, tiny_lab.task, edit, schemes=("nf4",), draws=100, backend="bitsandbytes")

@@ -236,6 +236,28 @@ def test_what_is_asked_for_wrongly_is_said_before_anything_is_measured(
     assert not out.exists()
 
 
+def test_what_an_attack_cannot_do_with_the_model_is_said_before_anything_is_measured(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """These were once said after the measures, which take minutes on a large model."""
+    out, long = tmp_path / "a", tmp_path / "long.txt"
+    long.write_text("{prompt}" + " again" * 90 + "\n")
+    edited(base, tmp_path / "b", "--hold", "hooks")
+    capsys.readouterr()
+    words = ("evaluate", base / "model", base / "task", "--out", out, "--edit", tmp_path / "b" / "edit")
+    for more, said in (
+        (("--attacks", "latent", "--layer", 9), "latent: layer=9: "),
+        (("--attacks", "suffix", "--length", 900), "suffix: length=900: an item of"),
+        (("--attacks", "soft_prompt", "--length", 900), "soft_prompt: length=900: an item of"),
+        (("--attacks", "few_shot", "--shots", 3), "few_shot: shots=(3,): a half has only 1 item to show"),
+        (("--attacks", "jailbreak", "--templates", long), f"{long}: '{{prompt}} again again"),
+        (("--attacks", "interpolation"), "interpolation needs an edit held as weights or as an adapter"),
+    ):
+        assert run(*words, *more) == 2, more
+        assert said in (line := capsys.readouterr().err), line
+        assert not (out / "measures").exists(), more
+
+
 def test_the_order_of_the_registry_is_that_of_access() -> None:
     from locedit.attacks.attack import ACCESS
 

@@ -51,6 +51,11 @@ def quantization(
 ) -> AttackResult:
     """Round the edited weights and read the items again; the model is afterwards as before, bit for bit."""
     attack = Quantization(fill(QuantizationOptions, options, method="quantization"), device=model.device)
+    if beside := sorted({part.kind for part in edit.parts or (edit,)} - {"weights"}):
+        attack.notes.append(
+            f"what the edit holds beside the weights ({', '.join(beside)}) stays in full precision; merged into the "
+            "weights first, it would be rounded with them"
+        )
     return carried_out(attack, model, task, edit, others=others, shared=shared)
 
 
