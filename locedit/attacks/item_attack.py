@@ -41,6 +41,9 @@ class ItemAttack(ABC, Generic[Options]):
     reads_itself: ClassVar[bool] = False
     "whether its number exists only under the attack (a probe): what was known before is then read off the same way"
 
+    causal: ClassVar[bool] = False
+    "whether it needs a causal model"
+
     harms: ClassVar[bool] = True
     "whether the same attack acts on other items too; False: on each item by itself, so there is no retain side"
 

@@ -17,6 +17,7 @@ from locedit.attacks.shared import Shared
 from locedit.attacks.verdicts import BROKE, broken, verdict
 from locedit.data.items import Task
 from locedit.edit import Edit
+from locedit.errors import LoceditError
 from locedit.evaluate.intervals import Estimate
 from locedit.models import Model
 from locedit.provenance import measure, plain
@@ -49,6 +50,8 @@ def carried_out(
 
 def readied(attack: ItemAttack[Options], model: Model, task: Task, *, shared: Shared) -> Aim:
     """What the attack is aimed at. Raises LoceditError where it cannot be run on it."""
+    if attack.causal and not model.causal:
+        raise LoceditError(f"{attack.name}: {model.name} is a masked language model; it needs a causal one")
     aim = aimed(model, task, attack.options, by=attack.name, learns=attack.learns, shared=shared, narrow=attack.narrow)
     attack.ready(aim)
     return aim

@@ -95,11 +95,9 @@ class SoftPrompt(ItemAttack[SoftPromptOptions]):
     lead: ClassVar[str] = "After a soft prompt learned from other forget items"
     x_name: ClassVar[str] = "steps"
     learns: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
 
     def ready(self, aim: Aim) -> None:
-        if not aim.model.causal:
-            name = aim.model.name
-            raise LoceditError(f"soft_prompt: {name} is a masked language model; a soft prompt needs a causal one")
         sides = [side.examples for side in (aim.forget, aim.heldout, aim.known, aim.kept) if side is not None]
         check_fits(aim.model, sides, self.options.length, by=self.name, option="length")
 
