@@ -1,20 +1,23 @@
 """The ladder on lab models: what level of access brings back what each kind of edit took away.
 
-    python -m analyses.ladder [--labs 0,1,2] [--size small] [--edits all] [--attacks ...] [--out figures/ladder]
+    python -m analyses.ladder [--labs 0,1,2] [--size small] [--edits ...] [--attacks ...] [--out figures/ladder]
 
 Each edit is made on each lab and attacked; every attack is kept in the run folder (`--runs`, runs/ladder), so a run
 that was stopped goes on. Printed, for each edit and level of access: the share of the knowledge that is back (0 = like
 items never known, 1 = like the model before the edit), the mean over the labs and in brackets their range, and in how
-many labs it counts as back, in part or whole. With `--out` the table is written as OUT.md and .csv, and drawn as .png.
+many labs it counts as back, in part or whole, or no attack shows anything. With `--out` the table is written as OUT.md
+and .csv, and drawn as .png.
 
 The edits: one that only suppresses the answers in the last MLPs, neurons set to zero by hooks at run time, unlearning
 methods in the whole model and inside found neurons, and a model retrained without the facts, which never knew them.
+The labs have read texts after other texts: what stands before a question does not break them.
 """
 
 import argparse
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +33,7 @@ from locedit.data.encode import encode
 from locedit.edit import Edit
 from locedit.lab import Lab
 from locedit.report import study_markdown
+from locedit.report.judge import DECIDES
 from locedit.report.ladder import ladder
 from locedit.report.palette import dress
 from locedit.report.tables import Column, TableView, texts
@@ -45,22 +49,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "grad_diff": {"retain_weight": 1.0},
     "npo": {"retain_weight": 1.0},
     "adv_npo": {"retain_weight": 1.0},
-    "rmu": {"retain_weight": 1.0},
     "undial": {"retain_weight": 1.0},
+    "loo": {"retain_weight": 1.0},
+    "whp": {"retain_weight": 1.0},
+    "rmu": {"retain_weight": 1.0},
+    "eul": {"pattern": "sum", "learning_rate": 1e-2},
 }
-SHOWN = (
-    "suppression in the last MLPs",
-    "neurons zeroed by hooks",
-    "grad_diff",
-    "npo",
-    "rmu",
-    "retrained without the facts",
-)
-"the edits of the table in figures/"
-ATTACKED = ("jailbreak", "probe", "logit_lens", "latent", "quantization", "relearn_few", "relearn", "depth")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "relearn": {"learning_rates": (5e-4,), "steps": 40, "shallow": False},  # the suppressed edit stands in its own row
-}
+ATTACKED = (
+    "few_shot", "jailbreak", "probe", "logit_lens", "latent", "quantization", "drop_layer", "relearn_few", "relearn",
+)  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {"relearn": {"learning_rates": (5e-4,), "steps": 40}}
 
 
 def main() -> None:
@@ -68,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, list[Evaluation]] = {}
     for seed in map(int, args.labs.split(",")):
-        lab = le.lab("facts", size=args.size, seed=seed, start=True)
+        lab = le.lab("facts", size=args.size, seed=seed, start=True, contexts=True)
         for name, make in edits(lab).items():
             if args.edits != "all" and name not in args.edits.split(","):
                 continue
@@ -79,7 +77,7 @@ def main() -> None:
     print(study_markdown.table(rows))
     if args.out:
         write_text(f"{args.out}.md", f"{study_markdown.table(rows)}\n")
-        write_text(f"{args.out}.csv", as_csv(found))
+        write_text(f"{args.out}.csv", as_csv(found, args.labs.split(",")))
         figure(found).write_image(f"{args.out}.png", width=1000, height=120 + 46 * len(found), scale=1.5)
 
 
@@ -87,7 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labs", default="0,1,2", help="seeds of the labs")
     parser.add_argument("--size", default="small", help="of the labs")
-    parser.add_argument("--edits", default=",".join(SHOWN), help="names of edits, or all")
+    parser.add_argument("--edits", default="all", help="names of edits, or all")
     parser.add_argument("--attacks", default=",".join(ATTACKED))
     parser.add_argument("--runs", default="runs/ladder", help="where results are kept")
     parser.add_argument("--out", help="stem of the files to write")
@@ -103,7 +101,7 @@ def edits(lab: Lab) -> dict[str, Callable[[], Edit]]:
 
     def unlearned(method: str, place: str) -> Edit:
         within = le.localize(model, task, "depn").select(top=100) if place == "found" else None
-        options = TRAIN | METHODS[method] | {"learning_rate": RATES[place]}
+        options = TRAIN | {"learning_rate": RATES[place]} | METHODS[method]
         return le.unlearn(model, task, method, within=within, check=False, **options)
 
     made: dict[str, Callable[[], Edit]] = {
@@ -141,8 +139,6 @@ def attacked(lab: Lab, folder: Path, make: Callable[[], Edit], names: Sequence[s
     edit = Edit.load(folder / "edit")
     chosen = [name for name in names if not ATTACKS[name].undoes or ATTACKS[name].undoes in edit.conditional]
     options = {name: dict(OPTIONS.get(name, {})) for name in chosen}
-    if "depth" in options:
-        options["depth"]["retain_model"] = str(lab.folder / "start")
     plan = Plan(edit=edit, metrics=["probability", "accuracy"], own={}, attacks=options, seed=0)
     return evaluated(Run(folder=folder), lab.model, lab.task, plan, {})
 
@@ -157,46 +153,61 @@ def said(evaluation: Evaluation) -> str:
     return "; ".join(parts)
 
 
-def shares(evaluations: Sequence[Evaluation]) -> dict[str, tuple[list[float], int]]:
-    """Level of access -> the share that its strongest attack brings back in each lab, and in how many it is back."""
-    found: dict[str, tuple[list[float], int]] = {}
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """What the strongest attack of one level of access brings back in each lab."""
+
+    shares: list[float]
+    back: int
+    "in how many labs it is back, in part or whole"
+    silent: int
+    "in how many no attack shows anything"
+
+    def __str__(self) -> str:
+        nothing = f", shows nothing in {self.silent}" if self.silent else ""
+        return f"{_range(self.shares)}, back in {self.back} of {len(self.shares)}{nothing}"
+
+
+def by_access(evaluations: Sequence[Evaluation]) -> dict[str, Level]:
+    """Level of access -> what it brings back."""
+    found: dict[str, Level] = {}
     for access in ACCESS:
-        rungs = [rung for e in evaluations for rung in ladder(e) if rung.access == access and rung.best is not None]
-        values = [rung.best[0].headline.value for rung in rungs if rung.best is not None]
-        if values:
-            found[access] = values, sum(rung.brings_back for rung in rungs)
+        rungs = [rung for e in evaluations for rung in ladder(e) if rung.access == access]
+        best = [rung.best for rung in rungs if rung.best is not None]
+        if best:
+            found[access] = Level(
+                shares=[result.headline.value for result, _ in best],
+                back=sum(rung.brings_back for rung in rungs),
+                silent=sum(shown not in (*DECIDES, "chance") for _, shown in best),
+            )
     return found
 
 
 def table(found: Mapping[str, Sequence[Evaluation]]) -> TableView:
     """A row an edit, a column a level of access."""
-    used = [access for access in ACCESS if any(access in shares(e) for e in found.values())]
+    used = [access for access in ACCESS if any(access in by_access(e) for e in found.values())]
     rows = []
     for name, evaluations in found.items():
         levels = [e.get("forget", "probability").value for e in evaluations]
         kept = [e.get("retain", "accuracy").value for e in evaluations]
-        own = shares(evaluations)
-        cells = [_cell(*own[access]) if access in own else "" for access in used]
+        own = by_access(evaluations)
+        cells = [str(own[access]) if access in own else "" for access in used]
         rows.append(texts(name, _range(levels), _range(kept), *cells))
     names = ("edit", "forget probability", "retain accuracy", *used)
     return TableView(title="", columns=[Column(name=name) for name in names], rows=rows)
-
-
-def _cell(values: Sequence[float], back: int) -> str:
-    return f"{_range(values)}, back in {back} of {len(values)}"
 
 
 def _range(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
-def as_csv(found: Mapping[str, Sequence[Evaluation]]) -> str:
+def as_csv(found: Mapping[str, Sequence[Evaluation]], labs: Sequence[str]) -> str:
     """Every attack on every edit and lab."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("edit", "lab", "access", "attack", "share_back", "low", "high", "says", "control", "note"))
     for name, evaluations in found.items():
-        for lab, evaluation in enumerate(evaluations):
+        for lab, evaluation in zip(labs, evaluations, strict=True):
             for rung in ladder(evaluation):
                 for result, shown in rung.tried:
                     control = [
@@ -212,11 +223,11 @@ def as_csv(found: Mapping[str, Sequence[Evaluation]]) -> str:
 
 def figure(found: Mapping[str, Sequence[Evaluation]]) -> go.Figure:
     """Share back by level of access, a panel row an edit: dark = all is back."""
-    used = [access for access in ACCESS if any(access in shares(e) for e in found.values())]
-    own = {name: shares(evaluations) for name, evaluations in found.items()}
-    means = [[fmean(own[name][a][0]) if a in own[name] else None for a in used] for name in found]
+    used = [access for access in ACCESS if any(access in by_access(e) for e in found.values())]
+    own = {name: by_access(evaluations) for name, evaluations in found.items()}
+    means = [[fmean(own[name][a].shares) if a in own[name] else None for a in used] for name in found]
     labels = [
-        [_range(own[name][a][0]).replace(" ", "<br>", 1) if a in own[name] else "" for a in used] for name in found
+        [_range(own[name][a].shares).replace(" ", "<br>", 1) if a in own[name] else "" for a in used] for name in found
     ]
     heat = go.Heatmap(
         z=means, x=used, y=list(found), text=labels, texttemplate="%{text}", zmin=0, zmax=1,
