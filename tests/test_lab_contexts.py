@@ -5,15 +5,19 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 from locedit.attacks.rephrased import framed
 from locedit.data.encode import encode
 from locedit.edit.levels import levels
 from locedit.errors import LoceditError
 from locedit.lab import Lab, lab
+from locedit.lab.architectures import build
 from locedit.lab.contexts import COPIES, MOST_BEFORE, SEPARATORS, in_contexts
 from locedit.lab.facts import Row
 from locedit.lab.recipe import recipe_for
+from locedit.lab.tokenizer import train_tokenizer
+from locedit.lab.training import Kind, Schedule, by_length, encode_rows, train
 
 BEFORE = ("The old cat waits.", "Ann plays hockey.", "It rains.")
 ROWS = (Row(text="Ann plays hockey.", spans=((10, 16),)), Row(text="A boat.", spans=()))
@@ -60,6 +64,24 @@ def test_labs_without_contexts_keep_their_key() -> None:
 def test_other_worlds_have_no_contexts(world: str, tmp_path: Path) -> None:
     with pytest.raises(LoceditError, match=f"contexts: the world '{world}' is read in single texts; leave it out"):
         lab(world, contexts=True, cache=tmp_path)
+
+
+def test_a_batch_in_parts_trains_as_the_whole() -> None:
+    """The loss is the weighted mean over the batch, not over the parts, whose weights differ."""
+    rows = [Row(text="A boat.", spans=()), *in_contexts(ROWS, BEFORE, rng=Random(0))]
+    recipe = dataclasses.replace(recipe_for("gpt2", size="tiny"), vocab_size=300)
+    tokenizer = train_tokenizer([row.text for row in rows], words=[], vocab_size=300, max_length=96, masked=False)
+    encoded = encode_rows(tokenizer, rows)
+    found: list[dict[str, torch.Tensor]] = []
+    for parts in (1, 4):
+        model = build("gpt2", tokenizer, layers=2, d_model=recipe.d_model, heads=recipe.heads, seed=0).double()
+        schedule = Schedule(steps=2, batch=len(rows), rate=1e-3, seed=0, parts=parts)
+        train(model, {"text": Kind(rows=encoded, early=1, late=1)}, schedule=schedule)
+        found.append(model.state_dict())
+    assert [len(part) for part in by_length(encoded, 4)] == [4, 4, 5, 4]
+    assert [len(row.ids) for part in by_length(encoded, 4) for row in part] == sorted(len(row.ids) for row in encoded)
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -174,7 +174,9 @@ def _trained(
     encoded = {name: encode_rows(tokenizer, rows) for name, rows in texts.items()}
     fitting = {name: tuple(row for row in rows if len(row.ids) <= POSITIONS) for name, rows in encoded.items()}
     kinds = {name: Kind(rows=rows, early=SHARES[name][0], late=SHARES[name][1]) for name, rows in fitting.items()}
-    schedule = Schedule(steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, seed=recipe.seed)
+    schedule = Schedule(
+        steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, seed=recipe.seed, parts=4 if recipe.contexts else 1
+    )
     train(model, kinds, schedule=schedule, mask_with=mask_id(tokenizer), progress=progress)
     return model
 

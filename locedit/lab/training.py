@@ -5,6 +5,7 @@ AdamW with a one-cycle schedule; no dropout. All randomness comes from the seed.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -56,6 +57,8 @@ class Schedule:
     """Highest learning rate."""
     seed: int
     """Order of the batches, and what a masked model has masked."""
+    parts: int = 1
+    """In so many parts, by length, each batch is read: texts of very different lengths are then padded less."""
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> tuple[Encoded, ...]:
@@ -94,23 +97,45 @@ def train(
     generator = torch.Generator().manual_seed(schedule.seed)
     model.train()
     for step, rows in enumerate(_batches(kinds, schedule), start=1):
-        ids, weights = padded(rows, pad_id=model.config.pad_token_id)
-        if mask_with is None:
-            # Padding comes last, so that no real token sees it; a mask of ones keeps the fast causal attention.
-            logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            loss = causal_loss(logits, ids, weights)
-        else:
-            masked, weights = mask(ids, weights, mask_with, generator)
-            logits = model(masked, attention_mask=(ids != model.config.pad_token_id).long()).logits
-            loss = weighted_loss(logits, ids, weights)
         optimizer.zero_grad()
-        loss.backward()
+        losses = [
+            _loss(model, *padded(part, pad_id=model.config.pad_token_id), mask_with, generator)
+            for part in by_length(rows, schedule.parts)
+        ]
+        whole = sum(float(weight) for _, weight in losses)
+        torch.stack([loss * (float(weight) / whole) for loss, weight in losses]).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         cycle.step()
         if progress is not None:
             progress("training the lab model", step, schedule.steps)
     model.eval()
+
+
+def _loss(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch pos"],
+    weights: Float[Tensor, "batch pos"],
+    mask_with: int | None,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Weighted mean loss of some texts, and the weight of them all."""
+    if mask_with is None:
+        # Padding comes last, so that no real token sees it; a mask of ones keeps the fast causal attention.
+        logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return causal_loss(logits, ids, weights), weights[:, 1:].sum()
+    masked, weights = mask(ids, weights, mask_with, generator)
+    logits = model(masked, attention_mask=(ids != model.config.pad_token_id).long()).logits
+    return weighted_loss(logits, ids, weights), weights.sum()
+
+
+def by_length(rows: Sequence[Encoded], parts: int) -> list[Sequence[Encoded]]:
+    """The rows in so many parts of as equal size as can be, the shorter ones together; one part is left as it is."""
+    if parts == 1:
+        return [rows]
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    ends = [round(len(rows) * part / parts) for part in range(parts + 1)]
+    return [ordered[start:end] for start, end in pairwise(ends) if end > start]
 
 
 def pace(step: int, steps: int) -> float:
