@@ -1,6 +1,7 @@
 """The stages of `locedit evaluate`: measures/, a folder for every attack, and evaluation/, which puts them together."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,19 @@ def test_the_order_of_the_registry_is_that_of_access() -> None:
 
     levels = [list(ACCESS).index(attack.access) for attack in ATTACKS.values()]
     assert levels == sorted(levels)
+
+
+def test_another_model_before_the_data_is_another_setting(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`mia_reference` and recipes such as kga read it; a result with another one was once taken for this one's."""
+    task = tmp_path / "task"
+    shutil.copytree(base / "task", task)
+    shutil.copytree(base / "model", task / "start")
+    words = ("evaluate", base / "model", task, "--metrics", "accuracy", "--out", tmp_path / "a")
+    assert run(*words) == 0
+    assert run(*words) == 0
+    (task / "start" / "note.txt").write_text("other files")
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "measures was made with other settings (files: the task's start" in capsys.readouterr().err
