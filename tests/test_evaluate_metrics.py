@@ -280,6 +280,15 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         evaluate(tiny.model("gpt2"), TASK, **options)
 
 
+def test_no_other_edit_is_taken_for_the_one_that_is_attacked() -> None:
+    """One named "found 2" was drawn and counted among the runs of the attacked edit."""
+    model = tiny.model("gpt2")
+    edit = zero(model, model.components({"blocks.0.mlp.neuron": [3]}))
+    for name in ("found 2", "never known", "shallow"):
+        with pytest.raises(LoceditError, match=f"others: the name '{name}' stands for an arm"):
+            evaluate(model, TASK, edit, ["relearn"], others={name: edit}, metrics=["accuracy"])
+
+
 def test_directions() -> None:
     assert direction_on("forget", knowledge=1, keep=False) == "lower"
     assert direction_on("retain", knowledge=1, keep=False) == "higher"

@@ -245,7 +245,7 @@ def keys_of(examples: Sequence[Example]) -> list[str]:
 
 def role_of(name: str) -> Role:
     """ "random 3" is a random set; "everything" and "complement" are themselves; the rest are other edits."""
-    roles: tuple[Role, ...] = ("random", "everything", "complement", "found")
+    roles: tuple[Role, ...] = ("random", "everything", "complement")
     for role in roles:
         if name.startswith(role):
             return role

@@ -20,6 +20,8 @@ from locedit.results import AttackResult, Evaluation, Measure, Stage
 from locedit.rewards import RewardOptions, check_reward
 from locedit.sampling import Sampling
 
+OWN_ARMS = ("found", "never known", "before the edit", "shallow")
+"what the arms of every attack are called, and their roles"
 MEASURED = ("forget", "retain", "heldout", "texts", "prompts")
 
 
@@ -45,10 +47,10 @@ def evaluate(
     chosen = evaluate_options(options)
     plan = plan_of(task, chosen, edited=edit is not None, causal=model.causal)
     check_attacks(attacks, edit=edit, options=attack_options or {}, task=task)
+    attack = attack_runner(model, task, edit, others=others or {})
     check_ready(attacks, model=model, task=task, edit=edit, options=attack_options or {})
     with measure("evaluate", model=model, data=task, settings=chosen, seed=chosen.seed) as record:
         found = list(_measured(model, task, edit, plan, chosen))
-    attack = attack_runner(model, task, edit, others=others or {})
     options_of = attack_options or {}
     results = [attack(name, {"seed": chosen.seed, **options_of.get(name, {})}) for name in attacks]
     return Evaluation(
@@ -63,10 +65,16 @@ def evaluate(
 def attack_runner(
     model: Model, task: Task, edit: Edit | None, *, others: Mapping[str, Edit]
 ) -> Callable[[str, Mapping[str, Any]], AttackResult]:
-    """Runs attacks by name with their options; they share what they have in common."""
+    """Runs attacks by name with their options; they share what they have in common.
+
+    Raises LoceditError for an edit in `others` that would be taken for an arm that every attack has.
+    """
     from locedit.attacks import ATTACKS
     from locedit.attacks.shared import Shared
 
+    for name in others:
+        if name.startswith(OWN_ARMS):
+            raise LoceditError(f"others: the name {name!r} stands for an arm that every attack has; choose another one")
     shared = Shared()
 
     def attack(name: str, options: Mapping[str, Any]) -> AttackResult:
