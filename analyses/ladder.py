@@ -10,14 +10,15 @@ and .csv, and drawn as .png.
 
 The edits: one that only suppresses the answers in the last MLPs, neurons set to zero by hooks at run time, unlearning
 methods in the whole model and inside found neurons, and a model retrained without the facts, which never knew them.
-The labs have read texts after other texts: what stands before a question does not break them.
+The labs have read texts after other texts: what stands before a question does not break them. Facts are asked in
+three sentences each.
 """
 
 import argparse
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,9 +30,11 @@ import locedit as le
 from locedit.attacks import ACCESS, ATTACKS
 from locedit.attacks.shallow import suppression
 from locedit.commands.evaluate import Plan, evaluated
+from locedit.data import Task
 from locedit.data.encode import encode
 from locedit.edit import Edit
-from locedit.lab import Lab
+from locedit.lab.facts import SENTENCES
+from locedit.models import Model
 from locedit.report import study_markdown
 from locedit.report.judge import DECIDES
 from locedit.report.ladder import ladder
@@ -67,11 +70,12 @@ def main() -> None:
     found: dict[str, list[Evaluation]] = {}
     for seed in map(int, args.labs.split(",")):
         lab = le.lab("facts", size=args.size, seed=seed, start=True, contexts=True)
-        for name, make in edits(lab).items():
+        model, task = lab.model, in_sentences(lab.task)
+        for name, make in edits(model, task).items():
             if args.edits != "all" and name not in args.edits.split(","):
                 continue
             folder = Path(args.runs) / f"{args.size}{seed}" / name.replace(" ", "-").replace(",", "")
-            found.setdefault(name, []).append(attacked(lab, folder, make, args.attacks.split(",")))
+            found.setdefault(name, []).append(attacked(model, task, folder, make, args.attacks.split(",")))
             print(f"lab {seed}, {name}: {said(found[name][-1])}", flush=True)
     rows = table(found)
     print(study_markdown.table(rows))
@@ -92,9 +96,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def edits(lab: Lab) -> dict[str, Callable[[], Edit]]:
+def in_sentences(task: Task) -> Task:
+    """The task without its multiple choice, which not every lab with contexts learns."""
+    sets = {role: getattr(task, role) for role in ("forget", "retain", "heldout")}
+    kept = {
+        role: data.replace([item for item in data if item.format in SENTENCES])
+        for role, data in sets.items()
+        if data is not None
+    }
+    return replace(task, **kept)
+
+
+def edits(model: Model, task: Task) -> dict[str, Callable[[], Edit]]:
     """Name -> what makes the edit of a lab model, all stopped at the same forget level."""
-    model, task = lab.model, lab.task
 
     def suppressed() -> Edit:
         return suppression(model, encode(model, task.forget), encode(model, task.retain), level=LEVEL)[0]
@@ -106,7 +120,7 @@ def edits(lab: Lab) -> dict[str, Callable[[], Edit]]:
 
     made: dict[str, Callable[[], Edit]] = {
         "suppression in the last MLPs": suppressed,
-        "neurons zeroed by hooks": lambda: hooked(lab),
+        "neurons zeroed by hooks": lambda: hooked(model, task),
     }
     for method in METHODS:
         made[method] = lambda method=method: unlearned(method, "whole")
@@ -115,9 +129,8 @@ def edits(lab: Lab) -> dict[str, Callable[[], Edit]]:
     return made
 
 
-def hooked(lab: Lab) -> Edit:
+def hooked(model: Model, task: Task) -> Edit:
     """The fewest of the best neurons, by DEPN, whose zeroing by hooks reaches the level."""
-    model, task = lab.model, lab.task
     scores = le.localize(model, task, "depn")
     examples = encode(model, task.forget)
     count = 25
@@ -132,7 +145,7 @@ def hooked(lab: Lab) -> Edit:
         count *= 2
 
 
-def attacked(lab: Lab, folder: Path, make: Callable[[], Edit], names: Sequence[str]) -> Evaluation:
+def attacked(model: Model, task: Task, folder: Path, make: Callable[[], Edit], names: Sequence[str]) -> Evaluation:
     """The evaluation of one edit with its attacks, from the folder where it has them."""
     if not (folder / "edit" / "edit.json").exists():
         make().save(folder / "edit")
@@ -140,7 +153,7 @@ def attacked(lab: Lab, folder: Path, make: Callable[[], Edit], names: Sequence[s
     chosen = [name for name in names if not ATTACKS[name].undoes or ATTACKS[name].undoes in edit.conditional]
     options = {name: dict(OPTIONS.get(name, {})) for name in chosen}
     plan = Plan(edit=edit, metrics=["probability", "accuracy"], own={}, attacks=options, seed=0)
-    return evaluated(Run(folder=folder), lab.model, lab.task, plan, {})
+    return evaluated(Run(folder=folder), model, task, plan, {})
 
 
 def said(evaluation: Evaluation) -> str:
