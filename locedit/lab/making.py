@@ -95,7 +95,7 @@ def lab(
             this world; it becomes the `start` of the tasks facts and private. The worlds of SEPARATE always have it.
         contexts: half of the training texts stand after one or two other texts. Without it the model reads single
             sentences only, and any sentence before a question breaks it: then no prompting attack shows anything. The
-            multiple choice is learned less surely with it, by two of three small labs; lab.json says what is known.
+            multiple choice is learned less surely with it, not by every small lab; lab.json says what is known.
         progress: called with ("training the lab model", steps done, all steps).
     """
     check_world(world)
