@@ -38,6 +38,7 @@ from locedit.models import Model
 from locedit.report import study_markdown
 from locedit.report.judge import DECIDES
 from locedit.report.ladder import ladder
+from locedit.report.left import left
 from locedit.report.palette import dress
 from locedit.report.tables import Column, TableView, texts
 from locedit.results import Evaluation
@@ -191,7 +192,7 @@ def by_access(evaluations: Sequence[Evaluation]) -> dict[str, Level]:
             found[access] = Level(
                 shares=[result.headline.value for result, _ in best],
                 back=sum(rung.brings_back for rung in rungs),
-                silent=sum(shown not in (*DECIDES, "chance") for _, shown in best),
+                silent=sum(shown not in (*DECIDES, "chance", "left") for _, shown in best),
             )
     return found
 
@@ -205,8 +206,9 @@ def table(found: Mapping[str, Sequence[Evaluation]]) -> TableView:
         kept = [e.get("retain", "accuracy").value for e in evaluations]
         own = by_access(evaluations)
         cells = [str(own[access]) if access in own else "" for access in used]
-        rows.append(texts(name, _range(levels), _range(kept), *cells))
-    names = ("edit", "forget probability", "retain accuracy", *used)
+        asked = [found.value for e in evaluations if (found := left(e)) is not None]
+        rows.append(texts(name, _range(levels), _range(kept), _range(asked), *cells))
+    names = ("edit", "forget probability", "retain accuracy", "asked directly", *used)
     return TableView(title="", columns=[Column(name=name) for name in names], rows=rows)
 
 

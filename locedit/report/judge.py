@@ -39,7 +39,7 @@ SHARE = "share_back"
 Forgetting = Literal["unchanged", "worse", "partly", "gone", "unknown"]
 Recovery = Literal[
     "unmeasured", "broken", "no control", "back", "partly back", "no power", "below never knew", "too wide",
-    "like never knew", "never gone", "unproven", "chance",
+    "like never knew", "never gone", "unproven", "chance", "left",
 ]  # fmt: skip
 DECIDES: tuple[Recovery, ...] = ("back", "partly back", "too wide", "like never knew", "below never knew")
 "outcomes of attacks that could have brought something back: so many chances there were of seeing too much"
@@ -234,12 +234,20 @@ def by_chance(result: AttackResult, before: float | None, *, attacks: int) -> bo
     The largest of several numbers lies outside a 95 % interval more often than one of them alone. Each interval is made
     so wide that all together hold with 95 % (Bonferroni), taking the ends as those of a normal distribution.
     """
-    tail = (1 - LEVEL) / 2
-    factor = NormalDist().inv_cdf(1 - tail / attacks) / NormalDist().inv_cdf(1 - tail)
     alone = interval(result.headline)
-    low, high = (alone.value + factor * (end - alone.value) for end in (alone.low, alone.high))
+    low, high = (alone.value + widening(attacks) * (end - alone.value) for end in (alone.low, alone.high))
     wider = replace(result, headline=replace(result.headline, low=low, high=high))
     return recovery(wider, before) not in ("back", "partly back")
+
+
+def widening(intervals: int) -> float:
+    """By what factor so many normal intervals must be widened, so that all together hold as one alone does.
+
+    >>> round(widening(1), 3), round(widening(8), 3)
+    (1.0, 1.395)
+    """
+    tail = (1 - LEVEL) / 2
+    return NormalDist().inv_cdf(1 - tail / intervals) / NormalDist().inv_cdf(1 - tail)
 
 
 def _shallow_stays(result: AttackResult) -> bool:

@@ -12,11 +12,12 @@ from locedit.attacks.attack import ACCESS, Access
 from locedit.attacks.registry import ATTACKS
 from locedit.report import judge
 from locedit.report.judge import Recovery
+from locedit.report.left import gained, left
 from locedit.report.numbers import with_interval
-from locedit.results import AttackResult, Evaluation
+from locedit.results import AttackResult, Evaluation, Measure
 
 MOST_TELLING: tuple[Recovery, ...] = (
-    "back", "partly back", "chance", "too wide", "like never knew", "below never knew", "no power", "unproven",
+    "back", "partly back", "chance", "too wide", "left", "like never knew", "below never knew", "no power", "unproven",
     "never gone", "no control", "broken", "unmeasured",
 )  # fmt: skip
 """Which of several attacks stands for a level: one that brings something back, else one that may do so (it may be by
@@ -28,6 +29,7 @@ SAID: dict[Recovery, str] = {
     "like never knew": "like a model that never knew",
     "below never knew": "below a model that never knew",
     "chance": "undecided: so much one of several attacks shows by chance",
+    "left": "no more than the edit left in place",
     "too wide": "undecided: the interval is too wide",
     "no power": "shows nothing: the control made to come back does not",
     "unproven": "shows nothing: no edit made to come back was attacked",
@@ -58,13 +60,17 @@ class Rung:
 def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
     """What an attack shows, beside the same metric of the forget set before the edit.
 
-    "chance" where it brings something back by itself, but no more than the largest of all the attacks of this
-    evaluation that could have done so may show by chance.
+    Two things can take away from what it shows by itself. "left": under it there is no more of the same items than
+    without it. "chance": it is no more than the largest of all the attacks of this evaluation that could have brought
+    something back may show by chance.
     """
     shown = _alone(result, evaluation)
     if shown not in ("back", "partly back") or not _is_rung(result):
         return shown
     among = sum(_is_rung(other) and _alone(other, evaluation) in judge.DECIDES for other in evaluation.attacks)
+    more = gained(result, evaluation)
+    if more is not None and not more.value - judge.widening(max(among, 1)) * (more.value - more.low) > 0:
+        return "left"
     return "chance" if judge.by_chance(result, _before(result, evaluation), attacks=max(among, 1)) else shown
 
 
@@ -102,8 +108,11 @@ def _telling(one: tuple[AttackResult, Recovery]) -> tuple[int, float]:
     return MOST_TELLING.index(one[1]), -value if value == value else 0.0
 
 
-def sentence(rungs: Sequence[Rung]) -> str:
-    """The ladder in one sentence: the least access that brings it back, and what the levels below it showed."""
+def sentence(rungs: Sequence[Rung], asked: Measure | None = None) -> str:
+    """The ladder in one sentence: the least access that brings it back, and what the levels below it showed.
+
+    `asked` is the share that is there when it is asked directly (see `left`).
+    """
     tried = [rung for rung in rungs if rung.tried]
     if not tried:
         return ""
@@ -118,6 +127,7 @@ def sentence(rungs: Sequence[Rung]) -> str:
     else:
         lead = "No level of access that was tried brings it back"
     untried = [rung.access for rung in rungs if not rung.tried]
+    parts += [] if asked is None else [f"asked directly {with_interval(asked)} is left"]
     text = lead + (f"; {'; '.join(parts)}" if parts else "")
     return text + (f"; not tried: {', '.join(untried)}." if untried else ".")
 
@@ -145,8 +155,13 @@ def name_of(result: AttackResult) -> str:
 
 
 def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """(access, attack, share back with its interval, what that says) of every attack, diagnostics last."""
-    made = [
+    """(access, attack, share back with its interval, what that says) of every attack, diagnostics last.
+
+    Before them what is there without any attack, where the evaluation has it.
+    """
+    asked = left(evaluation) if evaluation.attacks else None
+    made = [] if asked is None else [("none", "asked directly", with_interval(asked), "left by the edit")]
+    made += [
         (rung.access, name_of(result), with_interval(result.headline), SAID[shown])
         for rung in ladder(evaluation)
         for result, shown in rung.tried

@@ -9,6 +9,8 @@ from plotly.graph_objects import Figure
 from locedit.attacks.attack import ACCESS
 from locedit.report import judge
 from locedit.report.ladder import SAID, ladder, name_of, outcome, rows
+from locedit.report.left import left
+from locedit.report.numbers import with_interval
 from locedit.report.palette import COLOURS, NAMES, RUN_SYMBOLS, SYMBOLS, figure, plain
 from locedit.report.tables import Column, TableView, texts
 from locedit.results import AttackResult, Evaluation, Measure, Role
@@ -48,6 +50,8 @@ def rungs(named: Sequence[tuple[str, Evaluation]]) -> Figure:
     made = figure(traces, height=height, xaxis=across, yaxis=up)
     for x in (0, 1):
         made.add_vline(x=x, line={"color": COLOURS["never knew" if x == 0 else "unedited"], "width": 1, "dash": "dot"})
+    if len(named) == 1 and (asked := left(named[0][1])) is not None:
+        made.add_vline(x=asked.value, line={"color": COLOURS["found"], "width": 1, "dash": "dash"})
     return made
 
 
@@ -116,6 +120,8 @@ def caption(evaluation: Evaluation) -> str:
         if rung.tried
     ]
     scale = "0 = like items never known, 1 = like the model before the edit; bars are 95 % intervals."
+    if (asked := left(evaluation)) is not None:
+        scale += f" Dashed: what is there when it is asked directly, {with_interval(asked)}."
     return f"{scale} {'; '.join(parts)}."
 
 

@@ -13,6 +13,7 @@ from locedit.report import judge
 from locedit.report.inputs import RunResults
 from locedit.report.judge import Forgetting, Pair, Recovery
 from locedit.report.ladder import ladder, name_of, outcome, sentence
+from locedit.report.left import left
 from locedit.report.numbers import (
     PLURALS,
     Spread,
@@ -79,7 +80,7 @@ def verdict(run: RunResults) -> Verdict:
     rungs = ladder(evaluation)
     outcomes: list[tuple[AttackResult, Recovery]] = [(a, outcome(a, evaluation)) for a in evaluation.attacks]
     if len(outcomes) > FEW:
-        sentences += [sentence(rungs), *_broken(outcomes)]
+        sentences += [sentence(rungs, left(evaluation)), *_broken(outcomes)]
     else:
         sentences += [attack_sentence(a, shown) for a, shown in outcomes]
     sentences += [f"Alarm: {line}." for line in alarms(evaluation)]
@@ -119,7 +120,7 @@ def _label(state: Forgetting, outcomes: list[Recovery]) -> tuple[str, Tone]:
         return "Suppressed, not removed", "bad"
     if "partly back" in outcomes:
         return "Partly removed", "mixed"
-    telling = sum(o in ("like never knew", "below never knew") for o in outcomes)
+    telling = sum(o in ("like never knew", "below never knew", "left") for o in outcomes)
     if telling == len(outcomes) and outcomes:
         return "Not brought back by the attacks tried", "good"
     if telling:
@@ -224,6 +225,7 @@ MEANINGS: dict[Recovery, str] = {
     "below never knew": "below a model that never knew at this attack",
     "no control": "without a never-knew control this may be remembering or learning anew",
     "broken": "the attack itself damaged the model, so it says little about what is left",
+    "left": "no more of the same items is there under the attack than without it, so it brings nothing back",
     "chance": "more than a model that never knew by itself, but one of several attacks may show so much by chance",
     "too wide": "not distinguishable from a model that never knew at this attack, nor from half of it being back",
     "never gone": "by this number the edit had not taken it away before",
