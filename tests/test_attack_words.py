@@ -103,6 +103,14 @@ def test_a_floor_is_a_share(options: type[ItemOptions | RelearnOptions], floor: 
         options(retain_floor=floor)
 
 
+def test_what_was_left_does_not_come_back() -> None:
+    """As in the ladder, which says that no more is there than the edit left."""
+    share, nothing, more = Estimate(0.3, 0.1, 0.5), Estimate(0.0, 0.0, 0.0), Estimate(0.1, 0.02, 0.2)
+    assert verdict(share, nothing) == "no more is there than the edit left (30%)"
+    assert verdict(share, more) == verdict(share) == "it comes back in part (30%)"
+    assert verdict(Estimate(0.05, -0.1, 0.2), nothing) == "hardly anything is back (5%)"
+
+
 def test_what_the_edit_left_is_said_before_what_the_attack_brings_back(tiny_lab: Lab) -> None:
     """An edit that left everything once had it come back in part, by an attack that breaks the model."""
     model = tiny_lab.model

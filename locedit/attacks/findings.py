@@ -11,7 +11,7 @@ from torch import Tensor
 from locedit.attacks.finetuning import How
 from locedit.attacks.measures import level_measure, share_measure
 from locedit.attacks.options import RelearnOptions
-from locedit.attacks.recovery import Dose, Run, at_dose, mean_by_item, share_back
+from locedit.attacks.recovery import Dose, Run, at_dose, gained, mean_by_item, share_back
 from locedit.attacks.splits import Halves, divided_by, keys
 from locedit.attacks.verdicts import BROKE, broken, verdict
 from locedit.data.items import Item
@@ -92,6 +92,12 @@ class Findings:
         """The same of what the edit left in place, before the attack."""
         return self._share(self.after, self.arms[0])
 
+    @property
+    def added(self) -> Estimate:
+        """What the attack adds to what the edit left, of the same items."""
+        given = {"draws": self.options.draws, "seed": self.options.seed}
+        return gained(self.back(self.arms[0]), self.after, owners=keys(self.arms[0].items), **given)
+
     def _share(self, values: Float[Tensor, " item"], arm: Arm) -> Estimate:
         never = self.arm("never knew")
         return share_back(
@@ -146,7 +152,7 @@ def sentence(found: Findings) -> str:
     steps = _span(sorted({dose.steps for dose in found.doses.values()}))
     left = found.left.value
     kept = f"The edit itself left {left:.0%} in place. " if left >= LEFT else ""
-    text = f"{kept}{_verdict(share, left)} with {found.fed or _half(main)} and {steps} steps: "
+    text = f"{kept}{_capital(verdict(share, found.added))} with {found.fed or _half(main)} and {steps} steps: "
     text += f"{found.rest} stands at {_mean(found.back(main))} {_plain(found.metric)} "
     text += f"({_mean(found.before)} before the edit, {_mean(found.after)} after it"
     never = found.arm("never knew")
@@ -166,11 +172,7 @@ def _half(main: Arm) -> str:
     return f"{_span(items)} items{people}"
 
 
-def _verdict(share: Estimate, left: float) -> str:
-    """The finding in words. `left`, the share that the edit left in place."""
-    if 0.3 <= share.value <= left:
-        return f"No more comes back than the edit left ({share.value:.0%})"
-    said = verdict(share)
+def _capital(said: str) -> str:
     return said[0].upper() + said[1:]
 
 

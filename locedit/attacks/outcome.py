@@ -12,7 +12,7 @@ from locedit.attacks.aim import Aim, Side, aimed
 from locedit.attacks.arms import Arm, Dose, Struck
 from locedit.attacks.item_attack import ItemAttack, Options, strike
 from locedit.attacks.measures import level_measure, share_measure
-from locedit.attacks.recovery import share_back
+from locedit.attacks.recovery import gained, share_back
 from locedit.attacks.shared import Shared
 from locedit.attacks.verdicts import BROKE, broken, verdict
 from locedit.data.items import Task
@@ -98,6 +98,11 @@ class Outcome:
         """The same of what the edit left in place, without the attack."""
         return self._share(self.found.after, self.main)
 
+    def _added(self) -> Estimate:
+        """What the attack adds to what the edit left, of the same items."""
+        given = {"draws": self.options.draws, "seed": self.options.seed}
+        return gained(self.back(self.main), self.found.after, owners=self.main.side.owners, **given)
+
     def _share(self, values: Float[Tensor, " item"], arm: Arm) -> Estimate:
         never = self.found.arm("never knew")
         return share_back(
@@ -133,7 +138,7 @@ class Outcome:
         said = (
             f"no more is there than that ({share.value:.0%})"
             if left >= POWER and share.value <= left
-            else verdict(share)
+            else verdict(share, self._added())
         )
         text = f"The edit itself left {left:.0%} in place. " if left >= POWER else ""
         text += f"{self.attack.lead}{self._at()} {said}: forget {metric} "

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locedit.evaluate.intervals import Estimate, ends, resampled_means
+from locedit.evaluate.intervals import Estimate, ends, estimate_mean, resampled_means
 
 SMALLEST_GAP = 0.05
 "below this distance between what was known and what was never known, no share of it is given"
@@ -96,6 +96,18 @@ def mean_by_item(parts: Sequence[tuple[Sequence[int], Float[Tensor, " _"]]], *, 
         sums.index_add_(0, index, values.double())
         times.index_add_(0, index, torch.ones(len(index)).double())
     return sums / torch.where(times > 0, times, torch.nan)
+
+
+def gained(
+    attacked: Float[Tensor, " item"],
+    after: Float[Tensor, " item"],
+    *,
+    owners: Sequence[str | None],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean metric of the forget items under the attack less that of the same items without it; owners are resampled."""
+    return estimate_mean(attacked.double() - after.double(), owners=owners, draws=draws, seed=seed)
 
 
 def share_back(

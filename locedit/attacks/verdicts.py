@@ -50,7 +50,13 @@ def broken(kept_after: Float[Tensor, " kept"], kept_attacked: Float[Tensor, " ke
     return len(kept_attacked) > 0 and float(kept_attacked.mean()) < BROKEN * float(kept_after.mean())
 
 
-def verdict(share: Estimate) -> str:
-    """In words, for the middle of a sentence."""
+def verdict(share: Estimate, added: Estimate | None = None) -> str:
+    """In words, for the middle of a sentence.
+
+    `added`: the metric of the items under attack less that without it, where both are known. Where its interval is not
+    above 0, what is there was left by the edit, and nothing came back.
+    """
+    if shown(share) in ("back", "in part") and added is not None and not added.low > 0:
+        return f"no more is there than the edit left ({share.value:.0%})"
     why = "hardly more was known before than is guessed" if share.value != share.value else percent(share)
     return f"{SAID[shown(share)]} ({why})"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from locedit.attacks import recovery
 from locedit.attacks.measures import SHARE, share_measure
-from locedit.attacks.recovery import share_back
-from locedit.evaluate.intervals import Estimate, estimate_mean
+from locedit.evaluate.intervals import Estimate
 from locedit.results import AttackResult, Evaluation, Measure, Stage
 
 
@@ -24,8 +24,8 @@ def gained(result: AttackResult, evaluation: Evaluation) -> Estimate | None:
     if after.name != attacked.name or after.per_example.keys() != attacked.per_example.keys():
         return None
     ids = list(after.per_example)
-    values = _values(attacked, ids) - _values(after, ids)
-    return estimate_mean(values, owners=[_owner(evaluation, item) for item in ids])
+    owners = [_owner(evaluation, item) for item in ids]
+    return recovery.gained(_values(attacked, ids), _values(after, ids), owners=owners)
 
 
 def left(evaluation: Evaluation) -> Measure | None:
@@ -44,7 +44,7 @@ def left(evaluation: Evaluation) -> Measure | None:
         if not (before.per_example and never.per_example) or before.per_example.keys() != after.per_example.keys():
             continue
         ids, unknown = list(before.per_example), list(never.per_example)
-        share = share_back(
+        share = recovery.share_back(
             _values(after, ids),
             _values(before, ids),
             owners=[_owner(evaluation, item) or f"item {item}" for item in ids],
