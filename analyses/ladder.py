@@ -11,7 +11,8 @@ and .csv, and drawn as .png.
 The edits: one that only suppresses the answers in the last MLPs, neurons set to zero by hooks at run time, unlearning
 methods in the whole model and inside found neurons, and a model retrained without the facts, which never knew them.
 The labs have read texts after other texts: what stands before a question does not break them. Facts are asked in
-three sentences each.
+three sentences each. On one core, training the labs takes most of an hour, an edit of a lab and its attacks a little
+over a minute.
 """
 
 import argparse
