@@ -193,7 +193,7 @@ def by_access(evaluations: Sequence[Evaluation]) -> dict[str, Level]:
             found[access] = Level(
                 shares=[result.headline.value for result, _ in best],
                 back=sum(rung.brings_back for rung in rungs),
-                silent=sum(shown not in (*DECIDES, "chance", "left") for _, shown in best),
+                silent=sum(shown not in (*DECIDES, "chance") for _, shown in best),
             )
     return found
 

@@ -83,6 +83,14 @@ def test_a_little_more_than_was_left_may_be_chance() -> None:
     assert outcome(little, evaluated(little)) == "left"
 
 
+def test_what_one_attack_adds_may_be_chance_among_many() -> None:
+    """Four people of 20 more: the interval of the difference leaves 0 out alone, but not beside seven other attacks."""
+    more = under("few_shot", 0.5, 24)
+    others = [attack(name, 0.02, 0.1) for name in ("suffix", "soft_prompt", "latent", "probe", "logit_lens", "relearn")]
+    assert outcome(more, evaluated(more)) == "back"
+    assert outcome(more, evaluated(more, *others, under("quantization", 0.25, 16))) == "chance"
+
+
 def test_what_is_left_stands_first_in_words_table_and_figure() -> None:
     made = evaluated(under("quantization", 0.25, 16), under("few_shot", 0.7, 32), under("relearn", 0.9, 38))
     (access, name, share, says), *rest = rows(made)

@@ -9,7 +9,7 @@ from locedit.attacks.dropped import WORDS, DropOptions
 from locedit.attacks.measures import level_measure, metric_of, share_measure, values_of
 from locedit.attacks.options import Metric
 from locedit.attacks.outcome import verdict
-from locedit.attacks.recovery import share_back
+from locedit.attacks.recovery import gained, share_back
 from locedit.attacks.splits import keys
 from locedit.data.encode import encode
 from locedit.data.items import Dataset, Task
@@ -78,7 +78,9 @@ class Items:
 
     def _sentence(self, share: Estimate, others: Mapping[str, Tensor]) -> str:
         forget = [float(values["forget"].mean()) for values in (self.bare, self.before, self.after)]
-        text = f"{WORDS[self.what][0]} {verdict(share)}: forget {self.metric.replace('_', ' ')} {forget[0]:.2f} "
+        given = {"draws": self.options.draws, "seed": self.options.seed}
+        added = gained(self.bare["forget"], self.after["forget"], owners=keys(list(self.task.forget)), **given)
+        text = f"{WORDS[self.what][0]} {verdict(share, added)}: forget {self.metric.replace('_', ' ')} {forget[0]:.2f} "
         text += f"({forget[1]:.2f} before the edit, {forget[2]:.2f} with it"
         if "heldout" in self.bare:
             text += f"; items never known reach {float(self.bare['heldout'].mean()):.2f}"

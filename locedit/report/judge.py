@@ -8,7 +8,7 @@ from typing import Literal
 
 from locedit.attacks.verdicts import BROKEN, HALF
 from locedit.evaluate.alarms import MEMBERSHIP
-from locedit.evaluate.intervals import LEVEL
+from locedit.evaluate.intervals import LEVEL, Estimate
 from locedit.report.lines import main_column, retain_column
 from locedit.report.numbers import Spread, interval, spread
 from locedit.results import AttackResult, Comparison, Curve, Evaluation, Measure, Role
@@ -41,7 +41,7 @@ Recovery = Literal[
     "unmeasured", "broken", "no control", "back", "partly back", "no power", "below never knew", "too wide",
     "like never knew", "never gone", "unproven", "chance", "left",
 ]  # fmt: skip
-DECIDES: tuple[Recovery, ...] = ("back", "partly back", "too wide", "like never knew", "below never knew")
+DECIDES: tuple[Recovery, ...] = ("back", "partly back", "too wide", "left", "like never knew", "below never knew")
 "outcomes of attacks that could have brought something back: so many chances there were of seeing too much"
 
 
@@ -228,26 +228,18 @@ def recovery(result: AttackResult, before: float | None) -> Recovery:
     return "too wide" if half is not None and reached.high >= half > control.high else "like never knew"
 
 
-def by_chance(result: AttackResult, before: float | None, *, attacks: int) -> bool:
-    """Whether what an attack brings back is not above its control any more when so many attacks are counted.
+def widened(alone: Spread | Estimate, intervals: int) -> tuple[float, float]:
+    """The ends of a 95 % interval that holds together with so many others as one alone does (Bonferroni).
 
-    The largest of several numbers lies outside a 95 % interval more often than one of them alone. Each interval is made
-    so wide that all together hold with 95 % (Bonferroni), taking the ends as those of a normal distribution.
-    """
-    alone = interval(result.headline)
-    low, high = (alone.value + widening(attacks) * (end - alone.value) for end in (alone.low, alone.high))
-    wider = replace(result, headline=replace(result.headline, low=low, high=high))
-    return recovery(wider, before) not in ("back", "partly back")
+    The largest of several numbers lies outside its interval more often than one of them. The ends are taken as those of
+    a normal distribution; one interval stays as it is.
 
-
-def widening(intervals: int) -> float:
-    """By what factor so many normal intervals must be widened, so that all together hold as one alone does.
-
-    >>> round(widening(1), 3), round(widening(8), 3)
-    (1.0, 1.395)
+    >>> [round(end, 3) for end in widened(Estimate(0.5, 0.4, 0.7), 8)]
+    [0.36, 0.779]
     """
     tail = (1 - LEVEL) / 2
-    return NormalDist().inv_cdf(1 - tail / intervals) / NormalDist().inv_cdf(1 - tail)
+    factor = NormalDist().inv_cdf(1 - tail / intervals) / NormalDist().inv_cdf(1 - tail)
+    return alone.value + factor * (alone.low - alone.value), alone.value + factor * (alone.high - alone.value)
 
 
 def _shallow_stays(result: AttackResult) -> bool:

@@ -6,14 +6,14 @@ unedited weights, a retain model) are no level; they are shown beside.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from locedit.attacks.attack import ACCESS, Access
 from locedit.attacks.registry import ATTACKS
 from locedit.report import judge
 from locedit.report.judge import Recovery
 from locedit.report.left import gained, left
-from locedit.report.numbers import with_interval
+from locedit.report.numbers import interval, with_interval
 from locedit.results import AttackResult, Evaluation, Measure
 
 MOST_TELLING: tuple[Recovery, ...] = (
@@ -60,32 +60,44 @@ class Rung:
 def outcome(result: AttackResult, evaluation: Evaluation) -> Recovery:
     """What an attack shows, beside the same metric of the forget set before the edit.
 
-    Two things can take away from what it shows by itself. "left": under it there is no more of the same items than
-    without it. "chance": it is no more than the largest of all the attacks of this evaluation that could have brought
-    something back may show by chance.
+    "chance" where it brings something back by itself, but no more than the largest of all the attacks of this
+    evaluation that could have done so may show by chance: above items never known, or above what the edit left.
     """
     shown = _alone(result, evaluation)
     if shown not in ("back", "partly back") or not _is_rung(result):
         return shown
-    among = sum(_is_rung(other) and _alone(other, evaluation) in judge.DECIDES for other in evaluation.attacks)
+    others = [other for other in evaluation.attacks if _is_rung(other)]
+    among = max(1, sum(_alone(other, evaluation) in judge.DECIDES for other in others))
+    low, high = judge.widened(interval(result.headline), among)
+    wider = replace(result, headline=replace(result.headline, low=low, high=high))
+    holds = judge.recovery(wider, _before(_pair(result, evaluation))) in ("back", "partly back")
     more = gained(result, evaluation)
-    if more is not None and not more.value - judge.widening(max(among, 1)) * (more.value - more.low) > 0:
-        return "left"
-    return "chance" if judge.by_chance(result, _before(result, evaluation), attacks=max(among, 1)) else shown
+    return shown if holds and (more is None or judge.widened(more, among)[0] > 0) else "chance"
 
 
 def _alone(result: AttackResult, evaluation: Evaluation) -> Recovery:
-    """What an attack shows if it were the only one."""
-    shown = judge.recovery(result, _before(result, evaluation))
-    pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
+    """What an attack shows if it were the only one.
+
+    "never gone" and "left" where it seems to bring back what was there all along: the edit had not taken it away, or
+    under the attack there is no more of the same items than without it.
+    """
+    pair = _pair(result, evaluation)
+    shown = judge.recovery(result, _before(pair))
+    if shown not in ("back", "partly back"):
+        return shown
     pair = pair or judge.primary(evaluation, "forget")
-    never_gone = pair is not None and judge.forgetting(pair, judge.floor(evaluation, pair)) in ("unchanged", "worse")
-    return "never gone" if never_gone and shown in ("back", "partly back") else shown
+    if pair is not None and judge.forgetting(pair, judge.floor(evaluation, pair)) in ("unchanged", "worse"):
+        return "never gone"
+    more = gained(result, evaluation)
+    return "left" if more is not None and not more.low > 0 else shown
 
 
-def _before(result: AttackResult, evaluation: Evaluation) -> float | None:
-    """The forget set's value before the edit, of the metric that the attack is summed up by."""
-    pair = judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
+def _pair(result: AttackResult, evaluation: Evaluation) -> judge.Pair | None:
+    """The forget set before and after the edit, by the metric that the attack is summed up by."""
+    return judge.own_pair(result) or judge.primary(evaluation, "forget", name=result.headline.name)
+
+
+def _before(pair: judge.Pair | None) -> float | None:
     return pair.before.value if pair else None
 
 
