@@ -34,6 +34,7 @@ from locedit.commands.evaluate import Plan, evaluated
 from locedit.data import Task
 from locedit.data.encode import encode
 from locedit.edit import Edit
+from locedit.errors import nearest
 from locedit.lab.facts import SENTENCES
 from locedit.models import Model
 from locedit.report import study_markdown
@@ -60,6 +61,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "rmu": {"retain_weight": 1.0},
     "eul": {"pattern": "sum", "learning_rate": 1e-2},
 }
+EDITS = (
+    "suppression in the last MLPs",
+    "neurons zeroed by hooks",
+    *METHODS,
+    "npo in found neurons",
+    "retrained without the facts",
+)
 ATTACKED = (
     "few_shot", "jailbreak", "probe", "logit_lens", "latent", "quantization", "drop_layer", "relearn_few", "relearn",
 )  # fmt: skip
@@ -74,7 +82,7 @@ def main() -> None:
         lab = le.lab("facts", size=args.size, seed=seed, start=True, contexts=True)
         model, task = lab.model, in_sentences(lab.task)
         for name, make in edits(model, task).items():
-            if args.edits != "all" and name not in args.edits.split(","):
+            if name not in _edits(args):
                 continue
             folder = Path(args.runs) / f"{args.size}{seed}" / name.replace(" ", "-").replace(",", "")
             found.setdefault(name, []).append(attacked(model, task, folder, make, args.attacks.split(",")))
@@ -95,7 +103,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--attacks", default=",".join(ATTACKED))
     parser.add_argument("--runs", default="runs/ladder", help="where results are kept")
     parser.add_argument("--out", help="stem of the files to write")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, known in (*((e, EDITS) for e in _edits(args)), *((a, ATTACKS) for a in args.attacks.split(","))):
+        if name not in known:
+            parser.error(f"unknown name {name!r}; {nearest(name, known)}")
+    return args
+
+
+def _edits(args: argparse.Namespace) -> Sequence[str]:
+    return EDITS if args.edits == "all" else args.edits.split(",")
 
 
 def in_sentences(task: Task) -> Task:
@@ -120,15 +136,14 @@ def edits(model: Model, task: Task) -> dict[str, Callable[[], Edit]]:
         options = TRAIN | {"learning_rate": RATES[place]} | METHODS[method]
         return le.unlearn(model, task, method, within=within, check=False, **options)
 
-    made: dict[str, Callable[[], Edit]] = {
-        "suppression in the last MLPs": suppressed,
-        "neurons zeroed by hooks": lambda: hooked(model, task),
-    }
-    for method in METHODS:
-        made[method] = lambda method=method: unlearned(method, "whole")
-    made["npo in found neurons"] = lambda: unlearned("npo", "found")
-    made["retrained without the facts"] = lambda: le.unlearn(model, task, "sisa")
-    return made
+    makers: tuple[Callable[[], Edit], ...] = (
+        suppressed,
+        lambda: hooked(model, task),
+        *(lambda method=method: unlearned(method, "whole") for method in METHODS),
+        lambda: unlearned("npo", "found"),
+        lambda: le.unlearn(model, task, "sisa"),
+    )
+    return dict(zip(EDITS, makers, strict=True))
 
 
 def hooked(model: Model, task: Task) -> Edit:
