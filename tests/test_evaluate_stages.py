@@ -279,4 +279,19 @@ def test_another_model_before_the_data_is_another_setting(
     (task / "start" / "note.txt").write_text("other files")
     capsys.readouterr()
     assert run(*words) == 2
-    assert "measures was made with other settings (files: the task's start" in capsys.readouterr().err
+    assert "measures was made with other settings (start was " in capsys.readouterr().err
+
+
+def test_an_attack_that_reads_a_file_stands_in_the_evaluation_of_a_task_with_a_start(
+    base: Path, tmp_path: Path
+) -> None:
+    """It was once left out without a word: its stage names its own files beside the task's start."""
+    task, sentences = tmp_path / "task", tmp_path / "sentences.txt"
+    shutil.copytree(base / "task", task)
+    shutil.copytree(base / "model", task / "start")
+    sentences.write_text("Again: {prompt}\n")
+    edited(base, tmp_path / "b")
+    words = ("--edit", tmp_path / "b" / "edit", "--attacks", "jailbreak,quantization", *QUICK)
+    out = tmp_path / "a"
+    assert run("evaluate", base / "model", task, *words, "--templates", sentences, "--out", out) == 0
+    assert made(out) == ["jailbreak", "quantization"]

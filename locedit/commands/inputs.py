@@ -80,8 +80,9 @@ def bound(model: Model, components: ComponentSet, path: str) -> ComponentSet:
 
 def key(model: Model, task: Task, **more: Any) -> dict[str, Any]:
     """What decides the result of a stage: model, data, the files behind both and behind options, and `more`."""
-    files = named_files({**more.get("options", {}), "the task's start": task.start})
-    return {"model": model.fingerprint, "data": task.hash, **more} | ({"files": files} if files else {})
+    files = named_files(more.get("options", {}))
+    start = named_files({"start": task.start})
+    return {"model": model.fingerprint, "data": task.hash, **more, **start} | ({"files": files} if files else {})
 
 
 def identity(within: ComponentSet | None) -> dict[str, Any] | None:
